@@ -1,0 +1,64 @@
+# Each command below is a line or two that you could type yourself.
+
+PYTHON ?= python3
+CHAPTERS ?=
+BIN = .venv/bin
+
+# The tests run one kernel at a time; more threads than cores would slow it down.
+OMP_NUM_THREADS ?= 2
+export OMP_NUM_THREADS
+
+.PHONY: help sample test book export execute lint bench
+
+help:
+	@echo "make sample    draw pictures with the model that ships with the book"
+	@echo "make test      everything: lint, export, tests, chapters, book (10 minutes)"
+	@echo "make book      build the pages of the book into _build/html"
+	@echo "make export    write sdbook/ from the chapters"
+	@echo "make execute   run the chapters and keep their outputs"
+	@echo "               (one of them: make execute CHAPTERS=chapters/01_attention.ipynb)"
+	@echo "make lint      check style, and that sdbook/ is what the chapters say"
+	@echo "make bench     how fast the parts are, and beside diffusers"
+	@echo "make help      this list"
+	@echo
+	@echo "The first one makes .venv and installs requirements.txt into it; it needs"
+	@echo "Python 3.10 or newer (another Python: make sample PYTHON=python3.12)."
+
+sample: .venv/.installed
+	$(BIN)/sdbook sample --grid true --output_path sample.png --prompt \
+	    "a red star" "two blue fish" "three yellow flowers" \
+	    "a purple moon above a brown house" "a green tree left of a pink heart"
+
+test: .venv/.installed
+	$(BIN)/ruff check
+	$(BIN)/python tools/export.py --check
+	$(BIN)/pytest tests
+	$(BIN)/pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 chapters
+	@echo "passed: lint; export check; unit, parity, fault and book tests;" \
+	    "every cell of $(words $(wildcard chapters/*.ipynb)) chapters"
+
+book: .venv/.installed
+	$(BIN)/jupyter-book build . -W -n --keep-going
+	@echo "the book is in _build/html/index.html"
+
+export: .venv/.installed
+	$(BIN)/python tools/export.py
+
+execute: .venv/.installed
+	$(BIN)/python tools/execute.py $(CHAPTERS)
+
+lint: .venv/.installed
+	$(BIN)/ruff check
+	$(BIN)/python tools/export.py --check
+
+bench: .venv/.installed
+	$(BIN)/python tools/bench.py
+
+.venv/.installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
+	    { echo "Python 3.10 or newer is needed, and $(PYTHON) is not:" \
+	    "name another, as in  make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	@echo "installing PyTorch and the rest, about 5 GB; this takes some minutes"
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt --editable .
+	@touch $@

@@ -1,0 +1,263 @@
+"""The command line: `sdbook sample`, `train`, `train-vae`, `train-clip`, `evaluate`."""
+
+import json
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import Literal
+
+COMMANDS = {
+    "sample": "draw pictures from prompts",
+    "train": "train a UNet on a frozen VAE and text model",
+    "train-vae": "train a VAE",
+    "train-clip": "train a CLIP text model and its tokenizer",
+    "evaluate": "score a model's pictures, kind by kind of prompt",
+}
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+def pick_device(name: str) -> str:
+    """`auto` is the GPU when there is one; ValueError for what this machine lacks."""
+    import torch
+
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return next(kind for kind, usable in there.items() if usable)
+    if not there.get(name.split(":")[0]):
+        usable = ", ".join(kind for kind in there if there[kind])
+        raise ValueError(f"device {name!r} cannot be used here; choose auto, {usable}")
+    return name
+
+
+def load(checkpoint_path: str, device: str, dtype: str):
+    """The pipeline of a checkpoint, on a device, in a dtype."""
+    import torch
+
+    from sdbook import StableDiffusion
+
+    device = pick_device(device)  # before the slow part
+    return StableDiffusion.from_pretrained(
+        checkpoint_path, dtype=getattr(torch, dtype)
+    ).to(device)
+
+
+def sample(
+    prompt: str | list[str],
+    negative_prompt: str = "",
+    checkpoint_path: str = "scenes",
+    output_path: str = "picture.png",
+    image_size: int | None = None,
+    guidance_scale: float = 3.0,
+    num_inference_steps: int = 25,
+    scheduler: str | None = None,
+    seed: int = 0,
+    num_images: int = 1,
+    device: str = "auto",
+    dtype: Dtype = "float32",
+    grid: bool = False,
+):
+    """Draw pictures from prompts.
+
+    Args:
+        prompt: what to draw; several sentences make several pictures.
+        negative_prompt: what to steer away from.
+        checkpoint_path: a shipped model's name, a folder or a hub id.
+        output_path: a PNG; further pictures get -1, -2, … before the suffix.
+        image_size: height and width in pixels; the model's own by default.
+        guidance_scale: how strongly the prompt pulls; 1 is no guidance.
+        num_inference_steps: denoising steps.
+        scheduler: a sampler's name, such as ddim; the model's own by default.
+        seed: of the first picture; the next has seed + 1, and so on.
+        num_images: pictures for each prompt.
+        device: auto, cpu, cuda or mps.
+        dtype: float32, float16 or bfloat16.
+        grid: write one labelled sheet in place of single pictures.
+    """
+    path = Path(output_path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"output_path {output_path!r} must end in .png")
+    if num_images < 1:
+        raise ValueError(f"num_images is {num_images}; give at least 1")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    pipe = load(checkpoint_path, device, dtype)
+    if scheduler:
+        pipe.scheduler = scheduler
+    images = pipe(
+        prompts,
+        negative_prompt=negative_prompt,
+        height=image_size,
+        width=image_size,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        num_images_per_prompt=num_images,
+        seed=seed,
+    ).images
+    texts = [text for text in prompts for _ in range(num_images)]
+    facts = {
+        "negative_prompt": negative_prompt,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "scheduler": type(pipe.scheduler).__name__,
+        "checkpoint_path": checkpoint_path,
+        "image_size": images[0].height,
+        "dtype": dtype,
+    }
+    if grid:
+        from sdbook.evaluation import labelled_grid
+
+        facts |= {"prompt": prompts, "seed": seed, "num_images": num_images}
+        write_png(labelled_grid(images, texts), path, facts | {"grid": True})
+        return
+    for number, (image, text) in enumerate(zip(images, texts, strict=True)):
+        tail = f"-{number}" if number else ""
+        target = path.with_name(f"{path.stem}{tail}{path.suffix}")
+        write_png(image, target, facts | {"prompt": text, "seed": seed + number})
+
+
+def write_png(image, path: Path, facts: dict):
+    """Write a picture with all it takes to make it again in its metadata.
+
+    Each flag is a text of its own; `command` is the whole command line.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    from sdbook import __version__
+
+    info, words = PngInfo(), ["sdbook", "sample"]
+    for name, value in facts.items():
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *(str(value) for value in values)]
+        info.add_itxt(name, "\n".join(str(value) for value in values))
+    info.add_itxt("command", shlex.join(words))
+    info.add_itxt("model", facts["checkpoint_path"])
+    info.add_itxt("version", f"sdbook {__version__}")
+    image.save(path, pnginfo=info)
+    print(f"wrote {path}")
+
+
+def evaluate(
+    checkpoint_path: str = "scenes",
+    output_dir: str = "evaluation",
+    num_prompts: int = 200,
+    seed: int = 0,
+    num_inference_steps: int = 25,
+    guidance_scale: float = 3.0,
+    device: str = "auto",
+    dtype: Dtype = "float32",
+):
+    """Score a model of the scenes, kind by kind of prompt.
+
+    Args:
+        checkpoint_path: a shipped model's name or a folder.
+        output_dir: where scores.json, scores.md and pictures go.
+        num_prompts: prompts of each kind.
+        seed: of the prompts and the pictures.
+        num_inference_steps: denoising steps.
+        guidance_scale: how strongly the prompt pulls.
+        device: auto, cpu, cuda or mps.
+        dtype: float32, float16 or bfloat16.
+    """
+    from sdbook import evaluation
+
+    pipe = load(checkpoint_path, device, dtype)
+    settings = {
+        "num_prompts": num_prompts,
+        "seed": seed,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+    }
+    records = evaluation.evaluate(pipe, **settings)
+    evaluation.save_report(records, output_dir, model=checkpoint_path, **settings)
+    print(evaluation.markdown_table(evaluation.scores(records)))
+    print(f"wrote {output_dir}")
+
+
+def gather_prompts(arguments: list[str]) -> list[str]:
+    """`--prompt a b` as `--prompt '["a", "b"]'`, a list as a YAML file has it."""
+    if "--prompt" not in arguments:
+        return arguments
+    start = arguments.index("--prompt") + 1
+    end = start
+    while end < len(arguments) and not arguments[end].startswith("--"):
+        end += 1
+    if end == start:  # nothing to gather: let the parser complain
+        return arguments
+    return [*arguments[:start], json.dumps(arguments[start:end]), *arguments[end:]]
+
+
+def run(command: str, arguments: list[str]):
+    """Parse a command's flags and call it."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog=f"sdbook {command}",
+        description=COMMANDS[command],
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with these keys")
+    if command in ("sample", "evaluate"):
+        function = {"sample": sample, "evaluate": evaluate}[command]
+        parser.add_function_arguments(function, as_group=False)
+        options = parser.parse_args(gather_prompts(arguments))
+        options.pop("config")
+        return function(**options)
+    from sdbook import training
+
+    function, config_class = {
+        "train": (training.train, training.TrainingConfig),
+        "train-vae": (training.train_vae, training.VAETrainingConfig),
+        "train-clip": (training.train_clip, training.CLIPTrainingConfig),
+    }[command]
+    parser.add_class_arguments(config_class, as_group=False)
+    options = parser.parse_args(arguments)
+    options.pop("config")
+    config = config_class(**options)
+    function(config)
+    print(f"wrote {config.output_dir}")
+
+
+def main(arguments: list[str] | None = None):
+    """Entry point of the `sdbook` command."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] not in COMMANDS:
+        print("usage: sdbook COMMAND [--help] [--config FILE] [flags]\n")
+        for name, meaning in COMMANDS.items():
+            print(f"  {name:12} {meaning}")
+        asked = not arguments or arguments[0] in ("-h", "--help")
+        if not asked:
+            print(f"\nsdbook: no command {arguments[0]!r}", file=sys.stderr)
+        sys.exit(0 if asked else 2)
+    from jsonargparse import ArgumentError
+
+    command = arguments[0]
+    with warnings.catch_warnings():
+        warnings.showwarning = tell_warning
+        try:
+            run(command, arguments[1:])
+        except ArgumentError as error:
+            sys.exit(fail(command, f"error: {error}; see sdbook {command} --help"))
+        except (ValueError, OSError) as error:
+            sys.exit(fail(command, f"error: {error}"))
+        except KeyboardInterrupt:
+            sys.exit(fail(command, "stopped", 130))
+
+
+def fail(command: str, message: str, status: int = 2) -> int:
+    """Say what went wrong in one line; returns the exit status."""
+    print(f"sdbook {command}:", *message.split(), file=sys.stderr)
+    return status
+
+
+def tell_warning(message, *where, **more):
+    """A warning as one line, without the place in the code."""
+    print(f"sdbook: warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,490 @@
+"""The text encoder
+
+Generated from chapters/06_clip.ipynb; do not edit.
+"""
+
+import json
+import math
+import tempfile
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .attention import fused_attention
+from .weights import Config, Pretrained, write_json
+
+__all__ = [
+    "byte_symbols",
+    "learn_merges",
+    "START",
+    "END",
+    "write_vocabulary",
+    "open_tokenizer",
+    "warn_about_cut_words",
+    "learn_vocabulary",
+    "Tokenizer",
+    "CLIPTextConfig",
+    "CLIPEmbeddings",
+    "causal_mask",
+    "CLIPAttention",
+    "quick_gelu",
+    "CLIPMLP",
+    "CLIPLayer",
+    "CLIPEncoder",
+    "CLIPTextModel",
+    "ImageTower",
+    "contrastive_loss",
+    "CLIP",
+]
+
+
+def byte_symbols() -> list[str]:
+    """One printable character for each of the 256 bytes, in CLIP's order."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = 256 - len(printable)
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(rest)]
+
+
+def learn_merges(captions: list[str], count: int) -> list[tuple[str, str]]:
+    """The first `count` merges of byte-pair encoding, in the order they are learned.
+
+    Fewer when the captions have no more. From Sennrich et al. (2016).
+    """
+    import tokenizers as library
+    from tokenizers import pre_tokenizers as cutters
+
+    words = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    learner = library.Tokenizer(library.models.BPE(end_of_word_suffix="</w>"))
+    learner.normalizer = library.normalizers.Sequence(
+        [library.normalizers.NFC(), library.normalizers.Lowercase()]
+    )
+    learner.pre_tokenizer = cutters.Sequence(
+        [
+            cutters.Split(library.Regex(words), behavior="removed", invert=True),
+            cutters.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    # Naming every symbol beforehand fixes the order in which ties are broken.
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=512 + count,
+        initial_alphabet=byte_symbols(),
+        special_tokens=[symbol + "</w>" for symbol in byte_symbols()],
+        end_of_word_suffix="</w>",
+        min_frequency=2,
+        show_progress=False,
+    )
+    learner.train_from_iterator(captions, trainer)
+    merges = json.loads(learner.to_str())["model"]["merges"]
+    return [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
+
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def write_vocabulary(
+    tokens: list[str], merges: list[tuple[str, str]], folder: str | Path
+) -> None:
+    """Write vocab.json (token to number) and merges.txt, as CLIP has them."""
+    numbers = {token: i for i, token in enumerate(tokens)}
+    text = json.dumps(numbers, ensure_ascii=False, indent=0)
+    (Path(folder) / "vocab.json").write_text(text, encoding="utf-8")
+    lines = ["#version: 0.2", *(f"{first} {second}" for first, second in merges)]
+    (Path(folder) / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def open_tokenizer(folder: str | Path):
+    """The `transformers.CLIPTokenizer` of a folder; errors name the folder."""
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        raise FileNotFoundError(
+            f"{folder} holds no tokenizer (neither vocab.json nor tokenizer.json); "
+            "give a folder that save_pretrained wrote"
+        )
+    from transformers import CLIPTokenizer
+
+    try:
+        return CLIPTokenizer.from_pretrained(str(folder))
+    except Exception as error:  # each file has its own way to be broken
+        raise ValueError(
+            f"the tokenizer in {folder} cannot be read ({error}); copy it again"
+        ) from error
+
+
+def warn_about_cut_words(lost: str, room: int) -> None:
+    """Say which words of a prompt did not fit."""
+    words = lost.split()
+    shown = " ".join(words[:12]) + (" …" if len(words) > 12 else "")
+    warnings.warn(
+        f"only {room} tokens of the prompt fit; the model does not see its last "
+        f"{len(words)} words: {shown!r}. Shorten the prompt",
+        stacklevel=3,
+    )
+
+
+def learn_vocabulary(
+    captions: Iterable[str], vocab_size: int, max_length: int, folder: str | Path
+) -> None:
+    """Learn merges from captions and write a tokenizer folder."""
+    if vocab_size < 514:
+        raise ValueError(
+            f"vocab_size={vocab_size}, but bytes, bytes at a word's end, start "
+            "and end are 514 already; ask for 514 or more"
+        )
+    merges = learn_merges(list(captions), vocab_size - 514)
+    tokens = byte_symbols() + [symbol + "</w>" for symbol in byte_symbols()]
+    tokens += [first + second for first, second in merges] + [START, END]
+    write_vocabulary(tokens, merges, folder)
+    special = {"bos_token": START, "eos_token": END, "pad_token": END}
+    write_json(
+        {**special, "unk_token": END, "model_max_length": max_length},
+        Path(folder) / "tokenizer_config.json",
+    )
+
+
+class Tokenizer:
+    """Texts to rows of token ids: CLIP's byte-pair encoding, padded to one length.
+
+    A face for `transformers.CLIPTokenizer`, which is `.backend`.
+    """
+
+    def __init__(self, backend):
+        self.backend = backend
+        self.max_length: int = backend.model_max_length
+        self.start_id: int = backend.bos_token_id
+        self.end_id: int = backend.eos_token_id
+
+    @classmethod
+    def train(
+        cls, captions: Iterable[str], vocab_size: int = 1024, max_length: int = 77
+    ) -> "Tokenizer":
+        """Learn at most `vocab_size` tokens from captions.
+
+        514 or more, so that every text can be spelled; else ValueError.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            learn_vocabulary(captions, vocab_size, max_length, folder)
+            return cls(open_tokenizer(folder))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
+        """Read a folder: ours, transformers' or diffusers'."""
+        return cls(open_tokenizer(folder))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the files of transformers' newer and older versions."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.backend.save_pretrained(str(folder))
+        model = json.loads(self.backend.backend_tokenizer.to_str())["model"]
+        merges = [
+            tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]
+        ]
+        tokens = sorted(model["vocab"], key=model["vocab"].get)
+        write_vocabulary(tokens, merges, folder)
+
+    def __len__(self) -> int:
+        return len(self.backend)
+
+    def __call__(self, texts: str | list[str]) -> Int64[Tensor, "b n"]:
+        """Ids `(b, max_length)`; warns, naming the words, where a text is cut."""
+        rows = []
+        for text in [texts] if isinstance(texts, str) else texts:
+            if not isinstance(text, str):
+                raise TypeError(f"a prompt must be text, not {type(text).__name__}")
+            ids = self.backend(text, verbose=False)["input_ids"]
+            if len(ids) > self.max_length:
+                lost = self.backend.decode(ids[self.max_length - 1 : -1])
+                warn_about_cut_words(lost, self.max_length - 2)
+                ids = ids[: self.max_length - 1] + [self.end_id]
+            rows.append(ids + [self.end_id] * (self.max_length - len(ids)))
+        return torch.tensor(rows, dtype=torch.int64).view(len(rows), self.max_length)
+
+    def tokens(self, text: str) -> list[str]:
+        """The pieces of a text, from start to end, without padding."""
+        ids = self.backend(text, verbose=False)["input_ids"]
+        return self.backend.convert_ids_to_tokens(ids)
+
+    def decode(self, ids: Int64[Tensor, "n"]) -> str:
+        """Ids back to text, in lower case, without start, end and padding."""
+        return self.backend.decode(ids.tolist(), skip_special_tokens=True)
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig(Config):
+    """The text model's sizes, named as in transformers; the defaults are SD 1.5's."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    bos_token_id: int = 49406
+    eos_token_id: int = 49407
+    pad_token_id: int = 49407
+
+    fixed: ClassVar[dict[str, Any]] = {"model_type": "clip_text_model"}
+    ignored: ClassVar[tuple[str, ...]] = (
+        "architectures", "attention_dropout", "dropout", "dtype", "torch_dtype",
+        "initializer_factor", "initializer_range", "projection_dim",
+        "transformers_version",
+    )
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} does not split into "
+                f"num_attention_heads={self.num_attention_heads} heads"
+            )
+        if self.hidden_act not in ("quick_gelu", "gelu"):
+            raise ValueError(
+                f"hidden_act={self.hidden_act!r}; use 'quick_gelu' or 'gelu'"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds."""
+        return {**super().to_dict(), **self.fixed, "architectures": ["CLIPTextModel"]}
+
+
+class CLIPEmbeddings(nn.Module):
+    """A learned vector for each token plus one for each place: (b, n) -> (b, n, d)."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, width)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding.weight, std=0.01)
+
+    def forward(self, ids: Int64[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+        n, limit = ids.shape[1], self.position_embedding.num_embeddings
+        if n > limit:
+            raise ValueError(
+                f"{n} tokens, but the text model has {limit} positions; "
+                "use the tokenizer that belongs to it"
+            )
+        places = torch.arange(n, device=ids.device)
+        return self.token_embedding(ids) + self.position_embedding(places)
+
+
+def causal_mask(n: int, device: torch.device | None = None) -> Bool[Tensor, "n n"]:
+    """True where token i (row) may look at token j (column): j is not after i."""
+    return torch.ones(n, n, dtype=torch.bool, device=device).tril()
+
+
+class CLIPAttention(nn.Module):
+    """Multi-head self-attention with transformers' names; every map has a bias."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "n n"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        query, key, value = (
+            rearrange(project(x), "b n (heads d) -> b heads n d", heads=self.num_heads)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mixed = fused_attention(query, key, value, mask)
+        return self.out_proj(rearrange(mixed, "b heads n d -> b n (heads d)"))
+
+
+def quick_gelu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """`x · sigmoid(1.702 x)`: the approximation of GELU that CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class CLIPMLP(nn.Module):
+    """Two linear layers with the activation in between, for each token alone."""
+
+    def __init__(self, width: int, inner: int, activation: str = "quick_gelu"):
+        super().__init__()
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
+        self.activation = quick_gelu if activation == "quick_gelu" else nn.GELU()
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class CLIPLayer(nn.Module):
+    """Attention, then the MLP, each on a normalised input and added to it."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.layer_norm1 = nn.LayerNorm(width, eps=eps)
+        self.self_attn = CLIPAttention(width, config.num_attention_heads)
+        self.layer_norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = CLIPMLP(width, config.intermediate_size, config.hidden_act)
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "n n"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        x = x + self.self_attn(self.layer_norm1(x), mask)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPEncoder(nn.Module):
+    """The layers, one after the other."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            CLIPLayer(config) for _ in range(config.num_hidden_layers)
+        )
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "n n"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x
+
+
+class CLIPTextModel(Pretrained, nn.Module):
+    """CLIP's text tower (Radford et al., 2021): ids to one vector for every token."""
+
+    config_class = CLIPTextConfig
+    weights_name = "model.safetensors"
+    diffusers_class = "CLIPTextModel"
+
+    def __init__(self, config: CLIPTextConfig | None = None):
+        super().__init__()
+        self.config = config = config or CLIPTextConfig()
+        self.embeddings = CLIPEmbeddings(config)
+        self.encoder = CLIPEncoder(config)
+        self.final_layer_norm = nn.LayerNorm(
+            config.hidden_size, eps=config.layer_norm_eps
+        )
+
+    def forward(self, ids: Int64[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+        """Token ids to context vectors; each has seen the tokens up to its own.
+
+        Raises ValueError for more tokens than the model has positions.
+        """
+        mask = causal_mask(ids.shape[1], ids.device)
+        x = self.encoder(self.embeddings(ids), mask)
+        return self.final_layer_norm(x)
+
+    def config_file(self) -> dict[str, Any]:
+        """What config.json holds; transformers has no `_class_name`."""
+        return self.config.to_dict()
+
+    @staticmethod
+    def rename_on_load(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Take keys with and without `text_model.`; drop `position_ids`."""
+        return {
+            key.removeprefix("text_model."): tensor
+            for key, tensor in state.items()
+            if not key.endswith("position_ids")
+        }
+
+    @staticmethod
+    def rename_on_save(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Write `text_model.` before each key."""
+        return {f"text_model.{key}": tensor for key, tensor in state.items()}
+
+
+class ImageTower(nn.Module):
+    """A small picture encoder for training: `(b, 3, H, W)` to one vector `(b, d)`.
+
+    Cells of 8×8 pixels exchange what they see in CLIP's own layers. `image_size` is
+    the side of the pictures, a multiple of 8.
+    """
+
+    def __init__(self, image_size: int = 64, width: int = 128, num_layers: int = 2):
+        super().__init__()
+        if image_size % 8:
+            raise ValueError(f"image_size={image_size} must be a multiple of 8")
+        widths = (3, width // 4, width // 2, width)
+        self.stem = nn.ModuleList(
+            nn.Conv2d(before, after, 3, stride=2, padding=1)
+            for before, after in zip(widths[:-1], widths[1:], strict=True)
+        )
+        cells = (image_size // 8) ** 2
+        self.position_embedding = nn.Parameter(0.02 * torch.randn(cells, width))
+        config = CLIPTextConfig(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=num_layers,
+            num_attention_heads=max(width // 32, 1),
+        )
+        self.encoder = CLIPEncoder(config)
+        self.final_layer_norm = nn.LayerNorm(width)
+
+    def forward(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        x = self.stem[0](pixels)
+        for conv in self.stem[1:]:
+            x = conv(quick_gelu(x))
+        cells = rearrange(x, "b d h w -> b (h w) d") + self.position_embedding
+        return self.final_layer_norm(self.encoder(cells).mean(dim=1))
+
+
+def contrastive_loss(
+    logits: Float[Tensor, "b b"], same: Bool[Tensor, "b b"] | None = None
+) -> Float[Tensor, ""]:
+    """Each text finds its picture, each picture its text (Radford et al., 2021).
+
+    `same[i, j]` is True where picture j is a right answer for text i, as when two
+    captions are equal; without it only the diagonal is.
+    """
+    if same is None:
+        same = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    right = same.to(logits.dtype)
+    for_text = right / right.sum(dim=1, keepdim=True)
+    for_image = right.T / right.T.sum(dim=1, keepdim=True)
+    losses = F.cross_entropy(logits, for_text), F.cross_entropy(logits.T, for_image)
+    return sum(losses) / 2
+
+
+class CLIP(nn.Module):
+    """A text tower and a picture tower that learn to agree (Radford et al., 2021)."""
+
+    def __init__(
+        self,
+        text_encoder: CLIPTextModel,
+        image_size: int = 64,
+        image_width: int = 128,
+        projection_dim: int = 128,
+    ):
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.image_encoder = ImageTower(image_size, image_width)
+        width = text_encoder.config.hidden_size
+        self.text_projection = nn.Linear(width, projection_dim, bias=False)
+        self.visual_projection = nn.Linear(image_width, projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def encode_text(self, ids: Int64[Tensor, "b n"]) -> Float[Tensor, "b p"]:
+        """Texts to vectors of length 1, read at the first end token."""
+        hidden = self.text_encoder(ids)
+        end = (ids == self.text_encoder.config.eos_token_id).int().argmax(dim=1)
+        sentence = hidden[torch.arange(len(ids), device=ids.device), end]
+        return F.normalize(self.text_projection(sentence), dim=-1)
+
+    def encode_image(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b p"]:
+        """Pictures in [-1, 1] to vectors of length 1."""
+        return F.normalize(self.visual_projection(self.image_encoder(pixels)), dim=-1)
+
+    def forward(
+        self, ids: Int64[Tensor, "b n"], pixels: Float[Tensor, "b 3 h w"]
+    ) -> Float[Tensor, "b b"]:
+        """How well text i fits picture j, divided by the learned temperature."""
+        scale = self.logit_scale.exp().clamp(max=100.0)
+        return scale * self.encode_text(ids) @ self.encode_image(pixels).T

@@ -1,0 +1,1044 @@
+"""Training
+
+Generated from chapters/08_training.ipynb; do not edit.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm.auto import tqdm
+
+from .clip import CLIP, CLIPTextConfig, CLIPTextModel, Tokenizer, contrastive_loss
+from .data import (
+    COLOURS,
+    CaptionedImages,
+    Crowds,
+    Request,
+    Scene,
+    Scenes,
+    arrange,
+    describe,
+    draw,
+    is_held_out,
+    say,
+    to_pixels,
+)
+from .pipeline import StableDiffusion
+from .schedulers import DDIMScheduler
+from .unet import UNet, UNetConfig, start_as_identity
+from .vae import AutoencoderKL, DiagonalGaussian, VAEConfig
+from .weights import write_atomically
+
+__all__ = [
+    "check_run",
+    "RunConfig",
+    "StepSampler",
+    "step_generator",
+    "min_snr_weights",
+    "DiffusionLoss",
+    "mean_where",
+    "learning_rate_at",
+    "EMA",
+    "save_checkpoint",
+    "load_checkpoint",
+    "Log",
+    "make_accelerator",
+    "descend",
+    "optimise",
+    "is_due",
+    "set_learning_rate",
+    "report",
+    "step_loader",
+    "is_main_process",
+    "VAETrainingConfig",
+    "vae_loss",
+    "start_certain",
+    "reconstruction_psnr",
+    "latent_spread",
+    "open_dataset",
+    "train_vae",
+    "exchange",
+    "Twins",
+    "CLIPTrainingConfig",
+    "captions_of",
+    "new_text_encoder",
+    "train_clip",
+    "fingerprint",
+    "data_fingerprint",
+    "Encoded",
+    "write_texts",
+    "write_moments",
+    "TrainingConfig",
+    "check_unet_choices",
+    "make_noise_schedule",
+    "unet_config",
+    "open_frozen",
+    "encode_dataset",
+    "as_it_is",
+    "train",
+]
+
+
+def check_run(config) -> None:
+    """Raise ValueError for settings of a run that cannot be meant."""
+    for name in ("batch_size", "max_steps", "num_pictures", "image_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; give at least 1")
+    for name in ("log_every", "checkpoint_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; give at least 1")
+    for name in ("warmup_steps", "num_workers", "weight_decay"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} is {getattr(config, name)}; give 0 or more")
+    for name in ("learning_rate", "max_grad_norm"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} is {getattr(config, name)}; give more than 0")
+    if not 0 <= config.ema_decay < 1:
+        raise ValueError(
+            f"ema_decay is {config.ema_decay}; give 0 (no average) or less than 1"
+        )
+    if config.mixed_precision not in ("no", "fp16", "bf16"):
+        raise ValueError(
+            f"mixed_precision {config.mixed_precision!r} is none of no, fp16, bf16"
+        )
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("mixed_precision fp16 needs a GPU; use 'no' or 'bf16'")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every training run needs to know.
+
+    Attributes:
+        dataset_path: "scenes" for the book's own world, or a folder of pictures.
+        num_pictures: how many of the endless scenes to use.
+        output_dir: where the model, checkpoints and the log (log.jsonl) go.
+        image_size: pictures are cut to squares of this side, in pixels.
+        batch_size: pictures in one optimiser step, over all processes.
+        max_steps: optimiser steps.
+        learning_rate: the highest; it warms up, then falls along a cosine to 0.
+        warmup_steps: steps until the highest learning rate.
+        weight_decay: AdamW's.
+        max_grad_norm: longer gradients are shortened to this.
+        ema_decay: how slowly the averaged weights follow; 0 keeps no average.
+        mixed_precision: "no", "fp16" or "bf16".
+        compile: let torch.compile speed the model up (a GPU's gain).
+        seed: of the weights, the data order and the noise.
+        num_workers: processes that prepare data.
+        log_every: steps between two lines of the log.
+        checkpoint_every: steps between two checkpoints.
+        resume: go on from output_dir's checkpoint when it holds one.
+    """
+
+    dataset_path: str = "scenes"
+    num_pictures: int = 20_000
+    output_dir: str = "runs/model"
+    image_size: int = 64
+    batch_size: int = 64
+    max_steps: int = 1000
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    mixed_precision: str = "no"
+    compile: bool = False
+    seed: int = 0
+    num_workers: int = 0
+    log_every: int = 50
+    checkpoint_every: int = 500
+    resume: bool = True
+
+    def __post_init__(self):
+        check_run(self)
+
+
+class StepSampler(Sampler):
+    """Lists of picture numbers, one for each step from `first` to `last`.
+
+    Every epoch is shuffled anew by (seed, epoch) alone, so step 700 sees the same
+    pictures whether or not the run was stopped before it. Process `rank` of `world`
+    gets every world-th picture of each batch. Raises ValueError for a batch that
+    does not split evenly.
+    """
+
+    def __init__(self, size, batch_size, seed, first, last, rank=0, world=1):
+        if batch_size % world:
+            raise ValueError(
+                f"batch_size {batch_size} does not split over {world} processes; "
+                f"give a multiple of {world}"
+            )
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.first, self.last, self.rank, self.world = first, last, rank, world
+
+    def __len__(self) -> int:
+        return max(0, self.last - self.first)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, None
+        for step in range(self.first, self.last):
+            picks = []
+            for place in range(step * self.batch_size, (step + 1) * self.batch_size):
+                if place // self.size != epoch:
+                    epoch = place // self.size
+                    order = np.random.default_rng((self.seed, epoch)).permutation(
+                        self.size
+                    )
+                picks.append(int(order[place % self.size]))
+            yield picks[self.rank :: self.world]
+
+
+def step_generator(seed: int, step: int, rank: int = 0, device="cpu"):
+    """A random generator that depends on the step alone, so resuming is exact."""
+    words = np.random.SeedSequence((seed, step, rank)).generate_state(2)
+    return torch.Generator(device).manual_seed(int(words[0]) << 32 | int(words[1]))
+
+
+def min_snr_weights(scheduler, gamma: int | float) -> Float[Tensor, "timesteps"]:
+    """What an error at each timestep is worth (Hang et al., 2023); gamma 0: all 1.
+
+    It makes the weight of an error in x0 min(SNR, gamma), whatever is predicted.
+    """
+    snr = scheduler.snr(torch.arange(scheduler.num_train_timesteps))
+    ones = torch.ones_like(snr)
+    if not gamma:
+        return ones
+    error_in_x0 = {"epsilon": snr, "v_prediction": snr + 1, "sample": ones}
+    return snr.clamp(max=gamma) / error_in_x0[scheduler.config.prediction_type]
+
+
+class DiffusionLoss:
+    """Noise a latent, ask the UNet what was added, compare (Ho et al., 2020).
+
+    `scale` is the VAE's scaling factor and `empty` (n, d) the states of the empty
+    caption, which replace a share `caption_dropout` of the captions. `share` is
+    (rank, world): each process draws for the whole batch and keeps its own rows, so
+    that the number of processes changes nothing.
+    """
+
+    def __init__(
+        self, scheduler, scale, empty, caption_dropout=0.0, snr_gamma=0.0, share=(0, 1)
+    ):
+        self.scheduler, self.scale, self.empty = scheduler, scale, empty
+        self.caption_dropout, self.share = caption_dropout, share
+        self.weights = min_snr_weights(scheduler, snr_gamma).to(empty.device)
+
+    def draw(self, moments: Float[Tensor, "b c2 h w"], generator: torch.Generator):
+        """All that chance decides: x0, noise, timesteps, whose caption is dropped.
+
+        The timesteps are spread evenly over the batch, one from each of its parts.
+        """
+        rank, world = self.share
+        device, count = generator.device, len(moments) * world
+        posterior = DiagonalGaussian(moments)
+
+        def normal():
+            shape = (count, *posterior.mean.shape[1:])
+            return torch.randn(shape, generator=generator, device=device)[rank::world]
+
+        def uniform():
+            return torch.rand(count, generator=generator, device=device)
+
+        x0 = (posterior.mean + posterior.std * normal()) * self.scale
+        dropped = (uniform() < self.caption_dropout)[rank::world]
+        place = ((torch.arange(count, device=device) + uniform()) / count)[rank::world]
+        last = self.scheduler.num_train_timesteps - 1
+        t = (place * (last + 1)).long().clamp(max=last)  # place can round up to 1
+        return x0, normal(), t, dropped
+
+    def __call__(self, unet, batch, generator: torch.Generator):
+        """The loss of a batch (moments, states), and numbers for the log."""
+        moments, states = (part.to(generator.device).float() for part in batch)
+        x0, noise, t, dropped = self.draw(moments, generator)
+        context = torch.where(dropped[:, None, None], self.empty, states)
+        x = self.scheduler.add_noise(x0, noise, t)
+        answer = unet(x.contiguous(memory_format=torch.channels_last), t, context)
+        target = self.scheduler.target(x0, noise, t)
+        error = (answer - target).square().mean((1, 2, 3))
+        third = self.scheduler.num_train_timesteps // 3
+        numbers = {
+            "error": error.mean(),
+            "error_low_noise": mean_where(t < third, error),
+            "error_high_noise": mean_where(t >= len(self.weights) - third, error),
+        }
+        return (self.weights[t] * error).mean(), numbers
+
+
+def mean_where(chosen: Tensor, values: Tensor) -> Tensor:
+    """Mean of the chosen values; no number where there are none."""
+    return torch.where(chosen, values, 0.0).sum() / chosen.sum()
+
+
+def learning_rate_at(step: int, config: RunConfig) -> float:
+    """The factor on the learning rate: a line up, then half a cosine down to 0."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(
+        1, config.max_steps - config.warmup_steps
+    )
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class EMA:
+    """An exponential moving average of a module's weights, `shadow`.
+
+    Early on the average is short (decay ≤ (1 + step) / (10 + step)), so that it
+    forgets the random start.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.shadow = copy.deepcopy(module).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Move the average a little towards the module's weights."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(
+            list(self.shadow.parameters()), list(module.parameters()), 1 - decay
+        )
+
+
+def save_checkpoint(path, module, ema, optimiser, step) -> None:
+    """Write weights, average, optimiser state and step; whole or not at all."""
+    state = {
+        "step": step,
+        "model": module.state_dict(),
+        "ema": ema.shadow.state_dict() if ema else None,
+        "optimiser": optimiser.state_dict(),
+    }
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+
+def load_checkpoint(path, module, ema, optimiser) -> int:
+    """Restore what `save_checkpoint` wrote; returns the step to go on with.
+
+    Raises ValueError for a file that is torn, or of another model.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model, step = state["model"], state["step"]
+    except Exception as error:  # each way of being torn raises another one
+        raise ValueError(
+            f"{path} is no checkpoint that can be read ({type(error).__name__}); "
+            "it may be cut off: copy it again, or remove it to start from zero"
+        ) from error
+    try:
+        module.load_state_dict(model)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} is of another model ({str(error).splitlines()[1].strip()}); "
+            "choose another output_dir, or set resume to false and remove it"
+        ) from None
+    if ema:
+        ema.shadow.load_state_dict(state["ema"] or model)
+    optimiser.load_state_dict(state["optimiser"])
+    return step
+
+
+class Log:
+    """Means of what was measured in the last steps, as lines of a JSON file.
+
+    `first` is the step that the run starts with; lines after it are removed. Only
+    the process that `writes` touches the file.
+    """
+
+    def __init__(self, path: Path, first: int, writes: bool = True):
+        self.path, self.writes, self.in_a_row = path, writes, 0
+        self.start_again()
+        if writes:
+            self.cut(first)
+
+    def cut(self, first: int) -> None:
+        """Remove the lines of steps that will be made again."""
+        path = self.path
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= first]
+        text = "".join(line + "\n" for line in kept)
+        write_atomically(path, lambda file: file.write_text(text))
+
+    def start_again(self) -> None:
+        self.sums, self.count, self.skipped = {}, 0, 0
+        self.started = time.perf_counter()
+
+    def add(self, numbers: dict) -> None:
+        """Count one step; nothing waits for the device here."""
+        self.in_a_row = 0
+        for name, value in numbers.items():
+            value = torch.as_tensor(value).detach()
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += 1
+
+    def means(self) -> dict[str, int | float]:
+        """The means since the last call (without what is no number), and seconds."""
+        means = {name: float(total) / self.count for name, total in self.sums.items()}
+        means = {name: mean for name, mean in means.items() if math.isfinite(mean)}
+        means |= {"skipped": self.skipped} if self.skipped else {}
+        means["seconds"] = round(time.perf_counter() - self.started, 2)
+        self.start_again()
+        return means
+
+    def skip(self, step: int) -> None:
+        """Count a step that was left out; ValueError after ten in a row."""
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        if self.in_a_row == 10:
+            raise ValueError(
+                f"the gradient was no number in ten steps running, the last of them "
+                f"step {step}; lower the learning_rate, look for broken pictures, and "
+                f"go on from the last checkpoint in {self.path.parent}"
+            )
+
+    def write(self, line: dict) -> None:
+        """Append one line."""
+        if self.writes:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def make_accelerator(mixed_precision: str):
+    """Accelerate's view of this process: device, precision, rank among others."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # an earlier run may have had another precision
+    threads = torch.get_num_threads()
+    accelerator = Accelerator(mixed_precision=mixed_precision)
+    torch.set_num_threads(threads)  # accelerate lowers them on some CPUs
+    return accelerator
+
+
+def descend(accelerator, module, optimiser, loss: Tensor, max_norm: float):
+    """One step down the gradient; returns its length, and whether it was a number."""
+    accelerator.backward(loss)
+    norm = accelerator.clip_grad_norm_(module.parameters(), max_norm)
+    finite = bool(norm.isfinite())
+    if finite or accelerator.scaler:  # fp16's scaler leaves bad steps out itself
+        optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return norm, finite
+
+
+def optimise(
+    config: RunConfig,
+    module: nn.Module,
+    dataset: Dataset,
+    loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    validate: Callable[[nn.Module], dict[str, float]] | None = None,
+    collate: Callable | None = None,
+) -> nn.Module:
+    """Train `module` for `config.max_steps` and return its (averaged) weights.
+
+    `loss_of(module, batch, generator)` gives the loss and numbers to log. Every
+    random choice in it comes from the generator, which is the same in all processes.
+    `validate(module)` is asked at each checkpoint. A line of numbers (the main
+    process's) goes to `output_dir/log.jsonl` every `log_every` steps;
+    `output_dir/checkpoint.pt` holds all that resuming needs.
+    """
+    accelerator = make_accelerator(config.mixed_precision)
+    device, output = accelerator.device, Path(config.output_dir)
+    checkpoint = output / "checkpoint.pt"
+    module.to(device, memory_format=torch.channels_last)
+    ema = EMA(module, config.ema_decay) if config.ema_decay else None
+    optimiser = torch.optim.AdamW(
+        module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    first, main = 0, accelerator.is_main_process
+    if config.resume and checkpoint.exists():
+        first = load_checkpoint(checkpoint, module, ema, optimiser)
+    log = Log(output / "log.jsonl", first, main)
+    wrapped = torch.compile(module) if config.compile else module
+    wrapped, optimiser = accelerator.prepare(wrapped, optimiser)
+    loader = step_loader(config, dataset, first, accelerator, collate)
+    bar = tqdm(total=config.max_steps, initial=first, disable=not main)
+    for step, batch in enumerate(loader, start=first):
+        set_learning_rate(optimiser, config, step)
+        generator = step_generator(config.seed, step, device=device)
+        with accelerator.autocast():
+            loss, numbers = loss_of(wrapped, batch, generator)
+        norm, finite = descend(
+            accelerator, wrapped, optimiser, loss, config.max_grad_norm
+        )
+        if not finite:
+            log.skip(step)
+        else:
+            log.add({"loss": loss, "grad_norm": norm, **numbers})
+            if ema:
+                ema.update(module, step)
+        if main:
+            report(config, log, step, validate, ema.shadow if ema else module)
+            bar.update()
+        if main and is_due(step + 1, config.checkpoint_every, config):
+            save_checkpoint(checkpoint, module, ema, optimiser, step + 1)
+    bar.close()
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    accelerator.end_training()
+    return ema.shadow if ema else module
+
+
+def is_due(done: int, every: int, config: RunConfig) -> bool:
+    """Is it time, after `done` steps, for what comes every so often and at the end?"""
+    return done % every == 0 or done == config.max_steps
+
+
+def set_learning_rate(optimiser, config: RunConfig, step: int) -> None:
+    """Give every weight the learning rate of this step."""
+    for group in optimiser.param_groups:
+        group["lr"] = config.learning_rate * learning_rate_at(step, config)
+
+
+def report(config: RunConfig, log: Log, step: int, validate, model) -> None:
+    """Write what is due after a step; mostly nothing."""
+    done, line = step + 1, {}
+    if is_due(done, config.log_every, config):
+        line = log.means()
+    if validate and is_due(done, config.checkpoint_every, config):
+        line |= validate(model)
+    if line:
+        lr = config.learning_rate * learning_rate_at(step, config)
+        log.write({"step": done, "lr": lr, **line})
+
+
+def step_loader(config, dataset, first, accelerator, collate=None) -> DataLoader:
+    """This process's batches, from step `first` to the last."""
+    sampler = StepSampler(
+        len(dataset), config.batch_size, config.seed, first, config.max_steps,
+        accelerator.process_index, accelerator.num_processes,
+    )  # fmt: skip
+    return DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=collate,
+        num_workers=config.num_workers,
+        persistent_workers=config.num_workers > 0,
+    )  # fmt: skip
+
+
+def is_main_process() -> bool:
+    """Is this the process that writes files? With one process, it is."""
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
+@dataclass(frozen=True)
+class VAETrainingConfig(RunConfig):
+    """Train an AutoencoderKL from zero: `sdbook train-vae`.
+
+    Attributes:
+        block_out_channels: width of each level; one halving between two levels.
+        layers_per_block: residual blocks per level of the encoder.
+        norm_num_groups: groups of every GroupNorm.
+        kl_weight: of the divergence from the standard normal, per pixel number.
+    """
+
+    output_dir: str = "runs/vae"
+    batch_size: int = 32
+    max_steps: int = 1000
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    block_out_channels: tuple[int, ...] = (32, 64, 64)
+    layers_per_block: int = 1
+    norm_num_groups: int = 8
+    kl_weight: float = 3e-4
+
+
+def vae_loss(vae: nn.Module, batch, generator: torch.Generator, kl_weight: float):
+    """Mean squared error, a little absolute error, and the weighted divergence.
+
+    Squares care most for large errors, the things' colours; absolute values alone
+    would first polish the background, which is most of a picture.
+    """
+    pixels = batch[0].to(generator.device, memory_format=torch.channels_last)
+    rebuilt, posterior = vae(pixels, generator)
+    error = rebuilt - pixels
+    absolute, squared = error.abs().mean(), error.square().mean()
+    kl = posterior.kl().mean() / pixels[0].numel()
+    return squared + 0.1 * absolute + kl_weight * kl, {"kl": kl, "squared": squared}
+
+
+@torch.no_grad()
+def start_certain(vae: AutoencoderKL, logvar: float = -6.0) -> None:
+    """Let a new encoder begin with little noise, not with the prior's.
+
+    With a standard deviation of 1 at the start, the noise drowns the means and a
+    latent channel gives up before it has learnt to carry anything.
+    """
+    vae.quant_conv.bias[vae.config.latent_channels :] = logvar
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: AutoencoderKL, dataset: Dataset, count: int = 64) -> float:
+    """Mean PSNR, in dB, of `count` pictures through encoder and decoder."""
+    device = next(vae.parameters()).device
+    values = []
+    for index in range(min(count, len(dataset))):
+        pixels = dataset[index][0][None].to(device)
+        rebuilt = vae.decode(vae.encode(pixels).mode()).clamp(-1, 1)
+        values.append(10 * math.log10(4 / (rebuilt - pixels).square().mean().item()))
+    return sum(values) / len(values)
+
+
+@torch.no_grad()
+def latent_spread(vae: AutoencoderKL, dataset: Dataset, count: int = 256) -> float:
+    """Standard deviation of latents drawn by the VAE, over everything.
+
+    Means and noise together, by the law of total variance; scaling undoes it.
+    """
+    device = next(vae.parameters()).device
+    posteriors = [
+        vae.encode(dataset[i][0][None].to(device))
+        for i in range(min(count, len(dataset)))
+    ]
+    means = torch.cat([posterior.mean for posterior in posteriors])
+    noise = torch.cat([posterior.std.square() for posterior in posteriors])
+    return (means.var() + noise.mean()).sqrt().item()
+
+
+def open_dataset(config: RunConfig, split: str = "train") -> Dataset:
+    """The scenes, or the captioned pictures of a folder (which has no splits)."""
+    if config.dataset_path == "scenes":
+        return Scenes(config.image_size, split, length=config.num_pictures)
+    return CaptionedImages(config.dataset_path, config.image_size)
+
+
+def train_vae(config: VAETrainingConfig) -> AutoencoderKL:
+    """Train a VAE, measure its latent scale, and save it in diffusers' layout.
+
+    Writes `output_dir/vae`.
+    """
+    torch.manual_seed(config.seed)
+    dataset, held = open_dataset(config), open_dataset(config, "validation")
+    crowds = isinstance(dataset, Scenes)
+    shown = Crowds(config.image_size, config.seed, len(dataset)) if crowds else dataset
+    vae = AutoencoderKL(
+        VAEConfig(
+            block_out_channels=tuple(config.block_out_channels),
+            layers_per_block=config.layers_per_block,
+            norm_num_groups=config.norm_num_groups,
+            sample_size=config.image_size,
+        )
+    )
+    start_certain(vae)
+
+    def loss_of(module, batch, generator):
+        return vae_loss(module, batch, generator, config.kl_weight)
+
+    def validate(module):
+        return {"psnr": reconstruction_psnr(module, held)}
+
+    vae = optimise(config, vae, shown, loss_of, validate).eval()
+    scale = round(1 / latent_spread(vae, dataset), 5)
+    vae.config = replace(vae.config, scaling_factor=scale)
+    if is_main_process():
+        vae.save_pretrained(Path(config.output_dir) / "vae")
+    return vae
+
+
+def exchange(scene: Scene, rng: np.random.Generator) -> Request:
+    """A request nearly like a scene's: colours exchanged, or one thing other."""
+    colour = str(rng.choice(list(COLOURS)))
+    groups = [
+        replace(group, colour=thing.colour, size=thing.size)
+        for group, thing in zip(
+            scene.request.groups, (scene.things[0], scene.things[-1]), strict=False
+        )
+    ]
+    relation = scene.request.relation
+    if len(groups) == 2 and rng.random() < 0.4:
+        a, b = groups
+        groups = [replace(a, colour=b.colour), replace(b, colour=a.colour)]
+    elif relation and rng.random() < 0.7:
+        groups.reverse()
+    elif len(groups) == 1 and rng.random() < 0.5:
+        groups[0] = replace(groups[0], count=1 + groups[0].count % 3)
+    else:
+        groups[0] = replace(groups[0], colour=colour)
+    return Request(tuple(groups), relation, scene.background)
+
+
+class Twins(Dataset):
+    """Each scene with a near twin: `((pixels, caption), (pixels, caption))`.
+
+    "a red star above a blue house" comes with "a blue star above a red house". A
+    reader of bags of words cannot tell them apart, so CLIP has to learn order.
+    """
+
+    def __init__(self, scenes: Scenes):
+        self.scenes = scenes
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int):
+        scene = self.scenes.scene(index)
+        rng = np.random.default_rng((self.scenes.seed, 7, index))
+        request = exchange(scene, rng)
+        while is_held_out(request.groups):
+            request = exchange(scene, rng)
+        things = arrange(request, rng)
+        pixels = to_pixels(draw(things, request.background, self.scenes.size))
+        said = say(request, "attribution", rng)
+        return self.scenes[index], (pixels, describe(said, rng))
+
+
+@dataclass(frozen=True)
+class CLIPTrainingConfig(RunConfig):
+    """Train a CLIP text model and its tokenizer from zero: `sdbook train-clip`.
+
+    Attributes:
+        vocab_size: tokens to learn from the captions, at most.
+        max_length: tokens per caption, start and end included.
+        hidden_size: width of the text embeddings.
+        num_hidden_layers: of the text model.
+        num_attention_heads: of the text model.
+        twins: give every scene a near twin, so that word order has to matter.
+    """
+
+    output_dir: str = "runs/clip"
+    batch_size: int = 96
+    max_steps: int = 600
+    weight_decay: float = 0.05
+    warmup_steps: int = 50
+    vocab_size: int = 800
+    max_length: int = 24
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    twins: bool = True
+
+
+def captions_of(dataset: Dataset) -> list[str]:
+    """Every caption of a dataset, without opening a picture."""
+    if isinstance(dataset, Scenes):
+        return [dataset.scene(i).caption for i in range(len(dataset))]
+    return [caption for _, caption in dataset.pairs]
+
+
+def new_text_encoder(config: CLIPTrainingConfig, tokenizer) -> CLIPTextModel:
+    """A text model with random weights that fits a tokenizer."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=4 * config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            max_position_embeddings=config.max_length,
+            bos_token_id=tokenizer.start_id,
+            eos_token_id=tokenizer.end_id,
+            pad_token_id=tokenizer.end_id,
+        )
+    )
+
+
+def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel:
+    """Train text and picture towers to agree; save text model and tokenizer.
+
+    Writes `output_dir/text_encoder` and `output_dir/tokenizer`. With several
+    processes, each compares the pictures of its own share of a batch.
+    """
+    torch.manual_seed(config.seed)
+    dataset = open_dataset(config)
+    twins = config.twins and isinstance(dataset, Scenes)
+    texts = sorted(set(captions_of(dataset)))
+    tokenizer = Tokenizer.train(texts, config.vocab_size, config.max_length)
+    text_encoder = new_text_encoder(config, tokenizer)
+    clip = CLIP(text_encoder, config.image_size, projection_dim=config.hidden_size)
+
+    def collate(items):
+        pairs = [pair for item in items for pair in item] if twins else items
+        pixels, captions = zip(*pairs, strict=True)
+        return torch.stack(pixels), tokenizer(list(captions))
+
+    def loss_of(module, batch, generator):
+        pixels, ids = (part.to(generator.device) for part in batch)
+        same = (ids[:, None] == ids[None]).all(-1)
+        logits = module(ids, pixels)
+        right = same.gather(1, logits.argmax(1, keepdim=True)).float().mean()
+        return contrastive_loss(logits, same), {"accuracy": right}
+
+    data = Twins(dataset) if twins else dataset
+    clip = optimise(config, clip, data, loss_of, collate=collate).eval()
+    if is_main_process():
+        clip.text_encoder.save_pretrained(Path(config.output_dir) / "text_encoder")
+        tokenizer.save_pretrained(Path(config.output_dir) / "tokenizer")
+    return clip.text_encoder
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A short name for a module's weights: other weights, other name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def data_fingerprint(dataset: Dataset) -> str:
+    """A short name for what is in a dataset.
+
+    From each file's name, size, date and caption; of the scenes, which our code
+    draws, from sixteen of them.
+    """
+    digest = hashlib.sha256()
+    if isinstance(dataset, CaptionedImages):
+        for file, caption in dataset.pairs:
+            facts = file.stat()
+            digest.update(
+                f"{file.name} {facts.st_size} {facts.st_mtime_ns} {caption}".encode()
+            )
+    else:
+        for index in range(0, len(dataset), max(1, len(dataset) // 16)):
+            pixels, caption = dataset[index]
+            digest.update(pixels.numpy().tobytes() + caption.encode())
+    return digest.hexdigest()[:16]
+
+
+class Encoded(Dataset):
+    """A dataset after its frozen parts: latents' moments and text states, in files.
+
+    `folder` gets moments.npy (n, 2c, h, w), texts.npy (m, tokens, d), both float16
+    and memory-mapped, and which.npy: the text of each picture. Text 0 is "". Made
+    once; made again when the pictures, their size or the weights changed. Indexed
+    with a list, it gives `(moments, text states)` of the whole batch at once.
+    """
+
+    def __init__(
+        self, dataset, vae, text_encoder, tokenizer, folder, key: dict, num_workers=0
+    ):
+        self.folder = Path(folder)
+        key = key | {"vae": fingerprint(vae), "text_encoder": fingerprint(text_encoder)}
+        stamp = self.folder / "key.json"
+        if not stamp.exists() or json.loads(stamp.read_text()) != key:
+            stamp.unlink(missing_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_texts(self.folder, captions_of(dataset), text_encoder, tokenizer)
+            write_moments(self.folder, dataset, vae, num_workers)
+            write_atomically(stamp, lambda path: path.write_text(json.dumps(key)))
+        self.moments, self.texts, self.which = (
+            np.load(self.folder / f"{name}.npy", mmap_mode="r")
+            for name in ("moments", "texts", "which")
+        )
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        moments = torch.from_numpy(self.moments[indices])
+        return moments, torch.from_numpy(self.texts[self.which[indices]])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        moments, states = self.__getitems__([index])
+        return moments[0], states[0]
+
+
+@torch.no_grad()
+def write_texts(folder, captions, text_encoder, tokenizer, batch_size=512) -> None:
+    """Encode every different caption once, and "" first of all."""
+    texts = list(dict.fromkeys(["", *captions]))
+    number = {text: i for i, text in enumerate(texts)}
+    device = next(text_encoder.parameters()).device
+    states = [
+        text_encoder(tokenizer(texts[i : i + batch_size]).to(device)).half().cpu()
+        for i in tqdm(range(0, len(texts), batch_size), desc="texts")
+    ]
+    np.save(folder / "texts.npy", torch.cat(states).numpy())
+    np.save(folder / "which.npy", [number[caption] for caption in captions])
+
+
+@torch.no_grad()
+def write_moments(folder, dataset, vae, num_workers=0, batch_size=64) -> None:
+    """Encode every picture once: mean and log-variance of its latents."""
+    device = next(vae.parameters()).device
+    table = None
+    loader = DataLoader(dataset, batch_size, collate_fn=list, num_workers=num_workers)
+    for i, items in enumerate(tqdm(loader, desc="latents")):
+        pixels = torch.stack([pixels for pixels, _ in items]).to(
+            device, memory_format=torch.channels_last
+        )
+        posterior = vae.encode(pixels)
+        moments = torch.cat([posterior.mean, posterior.logvar], 1).half().cpu()
+        if table is None:
+            shape = (len(dataset), *moments.shape[1:])
+            table = np.lib.format.open_memmap(
+                folder / "moments.npy", "w+", np.float16, shape
+            )
+        table[i * batch_size : i * batch_size + len(moments)] = moments.numpy()
+    table.flush()
+
+
+@dataclass(frozen=True)
+class TrainingConfig(RunConfig):
+    """Train the UNet from zero on frozen latents and texts: `sdbook train`.
+
+    Attributes:
+        vae_path: folder with a trained vae/ (what train-vae wrote).
+        text_encoder_path: folder with text_encoder/ and tokenizer/ (train-clip's).
+        unet_channels: width of each level.
+        layers_per_block: residual blocks per level on the way down.
+        attention_levels: levels that attend to the text, counted from 0 at the top.
+        num_heads: attention heads.
+        norm_num_groups: groups of every GroupNorm.
+        beta_schedule: "scaled_linear", "linear" or "cosine".
+        diffusion_steps: timesteps of the noise schedule.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+        caption_dropout: share of captions replaced by "" (for guidance).
+        snr_gamma: min-SNR weighting (Hang et al., 2023); 0 for none.
+    """
+
+    output_dir: str = "runs/unet"
+    max_steps: int = 10_000
+    checkpoint_every: int = 1000
+    vae_path: str = "runs/vae"
+    text_encoder_path: str = "runs/clip"
+    unet_channels: tuple[int, ...] = (64, 128, 192)
+    layers_per_block: int = 1
+    attention_levels: tuple[int, ...] = (1, 2)
+    num_heads: int = 4
+    norm_num_groups: int = 16
+    beta_schedule: str = "scaled_linear"
+    diffusion_steps: int = 1000
+    prediction_type: str = "epsilon"
+    caption_dropout: float = 0.1
+    snr_gamma: float = 5.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_unet_choices(self)
+
+
+def check_unet_choices(config) -> None:
+    """Raise ValueError for settings of the UNet's training that cannot be meant."""
+    make_noise_schedule(config)  # refuses unknown schedules and prediction types
+    if not 0 <= config.caption_dropout <= 1:
+        raise ValueError(
+            f"caption_dropout is {config.caption_dropout}; give a share from 0 to 1"
+        )
+    if config.snr_gamma < 0:
+        raise ValueError(f"snr_gamma is {config.snr_gamma}; give 0 (none) or more")
+    levels = len(config.unet_channels)
+    if any(not 0 <= level < levels for level in config.attention_levels):
+        raise ValueError(
+            f"attention_levels {config.attention_levels}, but unet_channels has "
+            f"{levels} levels; give numbers from 0 to {levels - 1}"
+        )
+    for name in ("norm_num_groups", "num_heads"):
+        if any(width % getattr(config, name) for width in config.unet_channels):
+            raise ValueError(
+                f"unet_channels {config.unet_channels} do not split into {name} "
+                f"{getattr(config, name)}; make every width a multiple of it"
+            )
+
+
+def make_noise_schedule(config) -> DDIMScheduler:
+    """The noise schedule, with Stable Diffusion's betas, as a sampler to save."""
+    return DDIMScheduler(
+        num_train_timesteps=config.diffusion_steps,
+        beta_schedule=config.beta_schedule,
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type=config.prediction_type,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def unet_config(config: TrainingConfig, vae, text_encoder) -> UNetConfig:
+    """The UNet that fits the VAE's latents and the text model's width."""
+    attends = [
+        level in config.attention_levels for level in range(len(config.unet_channels))
+    ]
+    down = ("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends)
+    up = ("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends))
+    return UNetConfig(
+        sample_size=config.image_size // vae.config.downscale,
+        in_channels=vae.config.latent_channels,
+        out_channels=vae.config.latent_channels,
+        down_block_types=tuple(down),
+        up_block_types=tuple(up),
+        block_out_channels=tuple(config.unet_channels),
+        layers_per_block=config.layers_per_block,
+        attention_head_dim=config.num_heads,
+        cross_attention_dim=text_encoder.config.hidden_size,
+        norm_num_groups=config.norm_num_groups,
+    )
+
+
+def open_frozen(config: TrainingConfig):
+    """The trained VAE, text model and tokenizer; FileNotFoundError says what to run."""
+    vae, texts = Path(config.vae_path), Path(config.text_encoder_path)
+    needed = {
+        "vae_path": (vae / "vae", "train-vae"),
+        "text_encoder_path": (texts / "text_encoder", "train-clip"),
+    }
+    for name, (path, command) in needed.items():
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"there is no folder {path}; run `sdbook {command} --output_dir "
+                f"{path.parent}` first, or set {name}"
+            )
+    return (
+        AutoencoderKL.from_pretrained(vae / "vae").eval(),
+        CLIPTextModel.from_pretrained(texts / "text_encoder").eval(),
+        Tokenizer.from_pretrained(texts / "tokenizer"),
+    )
+
+
+def encode_dataset(config: TrainingConfig, accelerator, vae, text_encoder, tokenizer):
+    """The pictures and captions after the frozen parts; one process does the work."""
+    dataset = open_dataset(config)
+    key = {
+        "dataset": config.dataset_path,
+        "size": config.image_size,
+        "count": len(dataset),
+        "data": data_fingerprint(dataset),
+    }
+    vae.to(accelerator.device, memory_format=torch.channels_last)
+    text_encoder.to(accelerator.device)
+    cache = Path(config.output_dir) / "cache"
+    with accelerator.main_process_first():
+        return Encoded(
+            dataset, vae, text_encoder, tokenizer, cache, key, config.num_workers
+        )
+
+
+def as_it_is(batch):
+    """The collation of a dataset that already gives whole batches."""
+    return batch
+
+
+def train(config: TrainingConfig) -> StableDiffusion:
+    """Train a UNet on a frozen VAE and text model, and save the whole pipeline.
+
+    The pictures and captions go through the frozen parts once, before the loop.
+    Writes `output_dir/pipeline`.
+    """
+    torch.manual_seed(config.seed)
+    accelerator = make_accelerator(config.mixed_precision)
+    vae, text_encoder, tokenizer = open_frozen(config)
+    encoded = encode_dataset(config, accelerator, vae, text_encoder, tokenizer)
+    unet = start_as_identity(UNet(unet_config(config, vae, text_encoder)))
+    scheduler = make_noise_schedule(config)
+    loss = DiffusionLoss(
+        scheduler,
+        vae.config.scaling_factor,
+        torch.tensor(encoded.texts[0]).float().to(accelerator.device),
+        config.caption_dropout,
+        config.snr_gamma,
+        (accelerator.process_index, accelerator.num_processes),
+    )
+    unet = optimise(config, unet, encoded, loss, collate=as_it_is)
+    pipe = StableDiffusion(vae, text_encoder, tokenizer, unet.eval(), scheduler)
+    if is_main_process():
+        pipe.save_pretrained(Path(config.output_dir) / "pipeline")
+    return pipe

@@ -1,0 +1,332 @@
+"""The autoencoder
+
+Generated from chapters/05_vae.ipynb; do not edit.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .attention import Attention
+from .resblocks import Downsample, ResBlock, Upsample
+from .weights import Config, Pretrained, WeightsError
+
+__all__ = [
+    "stack",
+    "EncoderLevel",
+    "DecoderLevel",
+    "ImageAttention",
+    "MidBlock",
+    "DiagonalGaussian",
+    "VAEConfig",
+    "Encoder",
+    "Decoder",
+    "rename_old_attention",
+    "AutoencoderKL",
+]
+
+
+def stack(
+    in_channels: int, out_channels: int, num_layers: int, num_groups: int
+) -> nn.ModuleList:
+    """`num_layers` residual blocks; the first changes the number of channels."""
+    widths = [in_channels] + [out_channels] * num_layers
+    return nn.ModuleList(
+        ResBlock(before, after, num_groups=num_groups, eps=1e-6)
+        for before, after in zip(widths[:-1], widths[1:], strict=True)
+    )
+
+
+class EncoderLevel(nn.Module):
+    """Residual blocks, then half the resolution (unless it is the last level)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, num_layers: int, num_groups: int,
+        is_last: bool,
+    ):
+        super().__init__()
+        self.resnets = stack(in_channels, out_channels, num_layers, num_groups)
+        self.downsamplers = nn.ModuleList()
+        if not is_last:
+            self.downsamplers.append(Downsample(out_channels, symmetric=False))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
+        for layer in [*self.resnets, *self.downsamplers]:
+            x = layer(x)
+        return x
+
+
+class DecoderLevel(nn.Module):
+    """Residual blocks, then twice the resolution (unless it is the last level)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, num_layers: int, num_groups: int,
+        is_last: bool,
+    ):
+        super().__init__()
+        self.resnets = stack(in_channels, out_channels, num_layers, num_groups)
+        self.upsamplers = nn.ModuleList()
+        if not is_last:
+            self.upsamplers.append(Upsample(out_channels))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
+        for layer in [*self.resnets, *self.upsamplers]:
+            x = layer(x)
+        return x
+
+
+class ImageAttention(Attention):
+    """Self-attention with one head over the cells of a map, added to the map.
+
+    `(b, c, h, w) -> (b, c, h, w)`
+    """
+
+    def __init__(self, channels: int, num_groups: int = 32):
+        super().__init__(channels, num_heads=1, qkv_bias=True)
+        self.group_norm = nn.GroupNorm(num_groups, channels, eps=1e-6)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        tokens = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
+        mixed = super().forward(tokens)
+        return x + rearrange(mixed, "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention (if wanted), residual block; the size stays."""
+
+    def __init__(self, channels: int, num_groups: int, add_attention: bool = True):
+        super().__init__()
+        self.resnets = stack(channels, channels, 2, num_groups)
+        self.attentions = nn.ModuleList()
+        if add_attention:
+            self.attentions.append(ImageAttention(channels, num_groups))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        first, second = self.resnets
+        for layer in [first, *self.attentions, second]:
+            x = layer(x)
+        return x
+
+
+class DiagonalGaussian:
+    """A normal distribution with its own mean and spread for every latent number.
+
+    Built from the encoder's output `(b, 2c, h, w)`: means, then log-variances,
+    which are clamped to [-30, 20] so that `exp` stays finite.
+    """
+
+    def __init__(self, parameters: Float[Tensor, "b c2 h w"]):
+        self.mean, logvar = parameters.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+
+    @property
+    def std(self) -> Float[Tensor, "b c h w"]:
+        """The standard deviation, `exp(logvar / 2)`."""
+        return torch.exp(0.5 * self.logvar)
+
+    def sample(
+        self, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "b c h w"]:
+        """Draw `mean + std * noise`, differentiable (Kingma & Welling, 2014)."""
+        device = self.mean.device if generator is None else generator.device
+        noise = torch.randn(
+            self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype
+        )
+        return self.mean + self.std * noise.to(self.mean.device)
+
+    def mode(self) -> Float[Tensor, "b c h w"]:
+        """The most likely latents, which are the means."""
+        return self.mean
+
+    def kl(self) -> Float[Tensor, "b"]:
+        """Divergence from the standard normal, in nats, summed over each picture."""
+        terms = self.mean**2 + self.logvar.exp() - 1.0 - self.logvar
+        return 0.5 * terms.sum(dim=(1, 2, 3))
+
+
+@dataclass(frozen=True)
+class VAEConfig(Config):
+    """The autoencoder's sizes, named as in diffusers; the defaults are SD 1.5's."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int = 512
+    scaling_factor: float = 0.18215
+    mid_block_add_attention: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+
+    fixed: ClassVar[dict[str, Any]] = {
+        "act_fn": "silu", "shift_factor": None, "latents_mean": None,
+        "latents_std": None,
+    }
+    ignored: ClassVar[tuple[str, ...]] = ("force_upcast",)
+    levels: ClassVar[dict[str, str]] = {
+        "down_block_types": "DownEncoderBlock2D",
+        "up_block_types": "UpDecoderBlock2D",
+    }
+
+    def __post_init__(self):
+        if any(width % self.norm_num_groups for width in self.block_out_channels):
+            raise ValueError(
+                f"block_out_channels {self.block_out_channels} do not split into "
+                f"norm_num_groups={self.norm_num_groups} groups; make every width "
+                "a multiple of it"
+            )
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent cell, along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "the config"):
+        """Read config.json, whose block types must be the plain ones."""
+        values = dict(values)
+        count = len(values.get("block_out_channels", cls.block_out_channels))
+        for key, kind in cls.levels.items():
+            given = list(values.pop(key, [kind] * count))
+            if given != [kind] * count:
+                raise WeightsError(
+                    f"{where}: {key}={given} is not what we build; it must be "
+                    f"{kind!r}, {count} times"
+                )
+        return super().from_dict(values, where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds, block types included."""
+        count = len(self.block_out_channels)
+        types = {key: [kind] * count for key, kind in self.levels.items()}
+        return {**super().to_dict(), **types}
+
+
+class Encoder(nn.Module):
+    """A picture `(b, 3, H, W)` to the parameters of its latents `(b, 2c, h, w)`."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        before = widths[0]
+        for i, width in enumerate(widths):
+            level = EncoderLevel(
+                before, width, config.layers_per_block, groups, i == len(widths) - 1
+            )
+            self.down_blocks.append(level)
+            before = width
+        self.mid_block = MidBlock(before, groups, config.mid_block_add_attention)
+        self.conv_norm_out = nn.GroupNorm(groups, before, eps=1e-6)
+        self.conv_out = nn.Conv2d(before, 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            x = level(x)
+        x = self.mid_block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """Latents `(b, c, h, w)` to a picture `(b, 3, H, W)`."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        before = widths[0]
+        self.conv_in = nn.Conv2d(config.latent_channels, before, 3, padding=1)
+        self.mid_block = MidBlock(before, groups, config.mid_block_add_attention)
+        self.up_blocks = nn.ModuleList()
+        for i, width in enumerate(widths):
+            level = DecoderLevel(
+                before, width, config.layers_per_block + 1, groups, i == len(widths) - 1
+            )
+            self.up_blocks.append(level)
+            before = width
+        self.conv_norm_out = nn.GroupNorm(groups, before, eps=1e-6)
+        self.conv_out = nn.Conv2d(before, config.out_channels, 3, padding=1)
+
+    def forward(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
+        x = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+def rename_old_attention(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give the attention's tensors their present names and shapes."""
+    names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    renamed = {}
+    for key, tensor in state.items():
+        if ".attentions." in key:
+            layer, name, kind = key.rsplit(".", 2)
+            key = f"{layer}.{names.get(name, name)}.{kind}"
+            tensor = tensor[:, :, 0, 0] if tensor.ndim == 4 else tensor
+        renamed[key] = tensor
+    return renamed
+
+
+class AutoencoderKL(Pretrained, nn.Module):
+    """The variational autoencoder of Stable Diffusion (Rombach et al., 2022).
+
+    Pixels are in [-1, 1]. Latents are as the encoder gives them: multiply by
+    `config.scaling_factor` before the UNet, divide before `decode`.
+    """
+
+    config_class = VAEConfig
+    diffusers_class = "AutoencoderKL"
+
+    def __init__(self, config: VAEConfig | None = None):
+        super().__init__()
+        self.config = config = config or VAEConfig()
+        channels = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        if config.use_quant_conv:
+            self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
+        if config.use_post_quant_conv:
+            self.post_quant_conv = nn.Conv2d(channels, channels, 1)
+
+    def encode(self, x: Float[Tensor, "b c h w"]) -> DiagonalGaussian:
+        """Pixels in [-1, 1] to the distribution of their latents.
+
+        Raises ValueError when a side is not a multiple of `config.downscale`.
+        """
+        height, width = x.shape[-2:]
+        factor = self.config.downscale
+        if height % factor or width % factor:
+            raise ValueError(
+                f"picture of {height}×{width} pixels, but this autoencoder needs "
+                f"multiples of {factor}; resize or crop it"
+            )
+        parameters = self.encoder(x)
+        if self.config.use_quant_conv:
+            parameters = self.quant_conv(parameters)
+        return DiagonalGaussian(parameters)
+
+    def decode(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
+        """Unscaled latents to pixels, about [-1, 1] (not clamped)."""
+        if self.config.use_post_quant_conv:
+            z = self.post_quant_conv(z)
+        return self.decoder(z)
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], generator: torch.Generator | None = None
+    ) -> tuple[Float[Tensor, "b c2 h w"], DiagonalGaussian]:
+        """For training: encode, draw, decode; the picture and the distribution."""
+        distribution = self.encode(x)
+        return self.decode(distribution.sample(generator)), distribution
+
+    @staticmethod
+    def rename_on_load(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Accept the attention's old names."""
+        return rename_old_attention(state)

@@ -1,0 +1,339 @@
+"""The pages of the book: built without a warning, and looked at in a real browser.
+
+The book is built afresh into a temporary folder, served from this machine, and
+opened in Chromium, which playwright drives.
+"""
+
+import functools
+import html.parser
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from urllib.parse import unquote, urljoin, urlsplit
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CHAPTERS = sorted((ROOT / "chapters").glob("[0-9][0-9]_*.ipynb"))
+BROWSERS = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+)
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory):
+    """A fresh build: (the finished process, the folder of pages)."""
+    pytest.importorskip("jupyter_book", reason="pip install -r requirements.txt")
+    out = tmp_path_factory.mktemp("book")
+    start = "from jupyter_book.cli.main import main; main()"
+    command = [sys.executable, "-c", start, "build", ".", "-W", "-n"]
+    command += ["--keep-going", "--path-output", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done, out / "_build" / "html"
+
+
+@pytest.fixture(scope="session")
+def site(build):
+    """The folder of pages, for tests that need a book."""
+    done, folder = build
+    if not (folder / "index.html").exists():
+        pytest.fail(f"the book was not built:\n{done.stdout[-3000:]}{done.stderr}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def address(site):
+    """The same pages behind a web server of our own."""
+
+    class Silent(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Silent, directory=site)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        pytest.fail("the pages were not tested: pip install playwright")
+    wanted = [os.environ.get("CHROMIUM", ""), *BROWSERS]
+    found = next(filter(None, (shutil.which(name) for name in wanted if name)), None)
+    if found is None:
+        pytest.fail(
+            "the pages were not tested, for there is no browser: install the package "
+            "chromium (Debian, Fedora), chromium-browser (Ubuntu) or Google Chrome, "
+            "or name one in the variable CHROMIUM"
+        )
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=found, args=QUIET)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="session")
+def open_page(browser, address):
+    """Open a page of the book and wait until nothing more is loaded."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(180_000)  # a page takes long on a busy machine
+
+    def open_page(path):
+        page = context.new_page()
+        page.asked = []
+        page.on("request", lambda request: page.asked.append(request.url))
+        page.on("response", lambda r: r.ok or page.asked.append(f"missing: {r.url}"))
+        page.goto(urljoin(address, path), wait_until="networkidle")
+        return page
+
+    yield open_page
+    context.close()
+
+
+FACTS = """() => {
+  const all = (css) => [...document.querySelectorAll(css)];
+  return {
+    number: all('p.chapter-number').map(e => e.innerText),
+    exercises: all('div.exercise > .admonition-title').map(e => e.innerText),
+    pictures: [...document.images].map(i => [i.alt.trim(), i.naturalWidth,
+      i.src.slice(0, 60)]),
+    formulas: all('mjx-container').length,
+    broken: all('mjx-merror').map(e => e.textContent),
+  }}"""
+IN_THE_DARK = """() => [...document.querySelectorAll('figure.sdbook img')].map(i => {
+  const own = getComputedStyle(i);
+  const card = getComputedStyle(i.closest('.output') || i.parentElement);
+  return [own.filter, own.backgroundColor, card.backgroundColor]})"""
+
+
+@pytest.fixture(scope="session")
+def facts(site, open_page):
+    """One visit to every page: {page: what a browser sees there}."""
+    seen = {}
+    for path in pages(site):
+        page = open_page(path)
+        if 'class="math' in (site / path).read_text(encoding="utf-8"):
+            page.wait_for_selector("mjx-container", state="attached")
+        seen[path] = page.evaluate(FACTS)
+        page.emulate_media(color_scheme="dark")
+        page.wait_for_function("document.documentElement.dataset.theme == 'dark'")
+        seen[path]["dark"] = page.evaluate(IN_THE_DARK)
+        page.set_viewport_size({"width": 390, "height": 844})
+        width = "document.documentElement.scrollWidth"
+        seen[path]["width on a phone"] = page.evaluate(width)
+        page.mouse.wheel(0, 100_000)
+        page.wait_for_timeout(200)
+        seen[path]["asked"] = page.asked
+        page.close()
+    return seen
+
+
+def pages(site):
+    """All pages, as addresses relative to the front page."""
+    hidden = {"_static", "_sources", "_sphinx_design_static"}
+    found = (path.relative_to(site) for path in site.rglob("*.html"))
+    return sorted(p.as_posix() for p in found if p.parts[0] not in hidden)
+
+
+def chapter_page(path):
+    return f"chapters/{path.stem}.html"
+
+
+def code_cells(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+
+
+# Without a browser ------------------------------------------------------------
+
+
+def test_the_book_builds_without_a_warning(build):
+    done, _ = build
+    said = done.stdout + done.stderr
+    warnings = [line for line in said.splitlines() if "WARNING" in line]
+    assert not warnings, "\n".join(warnings)
+    assert done.returncode == 0, said[-3000:]
+
+
+def test_every_chapter_and_every_page_is_in_the_table_of_contents(site):
+    toc = (ROOT / "_toc.yml").read_text(encoding="utf-8")
+    listed = set(re.findall(r"file: (\S+)", toc))
+    pages_ = {f"pages/{path.stem}" for path in (ROOT / "pages").glob("*.md")}
+    assert listed == {f"chapters/{path.stem}" for path in CHAPTERS} | pages_
+    assert all((site / f"{name}.html").exists() for name in listed)
+
+
+class Links(html.parser.HTMLParser):
+    """The links of a page, the places that one can link to, what it loads."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.ids, self.loads = [], set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.ids |= {attributes.get("id"), attributes.get("name")}
+        if tag == "a" and attributes.get("href"):
+            self.links.append(attributes["href"])
+        elif tag == "link" and attributes.get("rel") not in ("canonical",):
+            self.loads.append(attributes.get("href", ""))
+        elif attributes.get("src"):
+            self.loads.append(attributes["src"])
+
+
+def test_links_and_anchors_lead_somewhere(site):
+    parsed = {
+        page: Links((site / page).read_text(encoding="utf-8")) for page in pages(site)
+    }
+    dead = []
+    for page, found in parsed.items():
+        for link in found.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = urlsplit(urljoin(f"http://book/{page}", link)).path.lstrip("/")
+            target = unquote(target) or "index.html"
+            if not (site / target).exists():
+                dead.append(f"{page}: {link} (no such file)")
+            elif parts.fragment and target in parsed:
+                if unquote(parts.fragment) not in parsed[target].ids:
+                    dead.append(f"{page}: {link} (no such anchor)")
+    assert not dead, "\n".join(dead)
+
+
+def test_nothing_on_a_page_comes_from_another_host(site):
+    for page in pages(site):
+        for source in Links((site / page).read_text(encoding="utf-8")).loads:
+            assert not re.match(r"(https?:)?//", source), f"{page} loads {source}"
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_export_directives_become_labels(path, site):
+    page = (site / chapter_page(path)).read_text(encoding="utf-8")
+    text = re.sub(r"<[^>]+>", "", page)
+    default = None
+    for source in code_cells(path):
+        match = re.match(r"#\| (default_exp|export) ?(\S*)", source)
+        if match and match[1] == "default_exp":
+            default = match[2]
+        elif match:
+            label = f"saved to sdbook/{match[2] or default}.py"
+            assert label in text
+            text = text.replace(label, "", 1)
+    assert "saved to sdbook/" not in text
+    for code in re.findall(r"<pre>.*?</pre>", page, flags=re.DOTALL):
+        code = re.sub(r"<[^>]+>", "", code)
+        assert not re.search(r"^#\| |^# NBVAL_", code, re.MULTILINE), code
+
+
+def test_references_are_complete_and_unique():
+    text = (ROOT / "references.bib").read_text(encoding="utf-8")
+    entries = re.findall(r"@(\w+)\{([^,]+),(.*?)\n\}", text, flags=re.DOTALL)
+    keys = [key for _, key, _ in entries]
+    assert len(keys) == len(set(keys)) == text.count("@")
+    for kind, key, fields in entries:
+        where = "journal" if kind == "article" else "booktitle"
+        for name in ("title", "author", "year", where, "(url|doi)"):
+            if kind in ("misc", "software", "online") and name == where:
+                continue
+            assert re.search(rf"^\s*{name}\s*=", fields, re.M), f"{key} has no {name}"
+
+
+# In a browser -----------------------------------------------------------------
+
+
+def test_pages_ask_no_other_host_and_miss_nothing(facts, address):
+    for path, seen in facts.items():
+        asked = {url for url in seen["asked"] if not url.startswith("data:")}
+        elsewhere = {url for url in asked if not url.startswith(address)}
+        assert not elsewhere, f"{path}: {elsewhere}"
+
+
+def test_every_picture_is_there_and_described(facts):
+    for path, seen in facts.items():
+        for alt, width, source in seen["pictures"]:
+            assert alt and width, f"{path}: alt={alt!r}, {width} pixels: {source}"
+
+
+def test_formulas_are_drawn(facts):
+    assert facts["pages/notation.html"]["formulas"] > 10
+    for path, seen in facts.items():
+        assert not seen["broken"], f"{path}: {seen['broken']}"
+
+
+def test_a_dark_page_leaves_pictures_as_they_are(facts):
+    clear = "rgba(0, 0, 0, 0)"
+    for path, seen in facts.items():
+        for look in seen["dark"]:
+            assert look == ["none", clear, clear], path
+
+
+def test_pages_fit_a_phone(facts):
+    wide = {path: seen["width on a phone"] for path, seen in facts.items()}
+    assert all(width <= 390 for width in wide.values()), wide
+
+
+def test_chapters_and_exercises_carry_their_numbers(facts):
+    for path in CHAPTERS:
+        number, seen = int(path.stem[:2]), facts[chapter_page(path)]
+        assert seen["number"] == [f"Chapter {number}"], path.stem
+        for position, title in enumerate(seen["exercises"], start=1):
+            assert title.startswith(f"Exercise {number}.{position}"), path.stem
+
+
+def test_sliders_move_by_themselves_with_the_keyboard(open_page):
+    page = open_page("chapters/00_the_whole_picture.html")
+    for details in page.locator("details").all():
+        details.evaluate("d => d.open = true")
+    figures = page.locator("figure.sdbook:has(input[type=range])")
+    assert figures.count() >= 2
+    states = """() => [...document.querySelectorAll('figure.sdbook:has(input)')]
+        .map(f => [f.querySelector('output').value,
+                   f.querySelector('input').getAttribute('aria-valuetext'),
+                   [...f.querySelectorAll('img')].filter(
+                     i => getComputedStyle(i).display != 'none').map(i => i.alt)])"""
+    before = page.evaluate(states)
+    assert all(len(shown) == 1 for _, _, shown in before)
+    handle = figures.first.locator("input")
+    handle.focus()
+    handle.press("ArrowLeft")
+    after = page.evaluate(states)
+    label, spoken, shown = after[0]
+    assert label == spoken != before[0][0]
+    assert len(shown) == 1 and shown[0].endswith(f"{label})")
+    assert after[1:] == before[1:], "one slider moved another"
+    handle.press("Home")
+    assert page.evaluate(states)[0][0] != label
+
+
+def test_search_finds_a_chapter_and_there_is_one_search_bar(open_page):
+    page = open_page("search.html?q=palette")
+    page.wait_for_selector("ul.search li a")
+    assert "The whole picture" in page.locator("ul.search").inner_text()
+    page = open_page("chapters/00_the_whole_picture.html")
+    bars = page.locator("button.search-button-field:visible, form.bd-search:visible")
+    assert bars.count() == 1

@@ -1,0 +1,486 @@
+"""The command line: every flag, pictures that can be made again, bad input."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import sdbook
+from sdbook.__main__ import COMMANDS, gather_prompts, main
+from sdbook.clip import CLIPTextConfig, CLIPTextModel, Tokenizer
+from sdbook.pipeline import StableDiffusion
+from sdbook.schedulers import make_scheduler
+from sdbook.training import (
+    CLIPTrainingConfig,
+    TrainingConfig,
+    VAETrainingConfig,
+)
+from sdbook.unet import UNet, UNetConfig
+from sdbook.vae import AutoencoderKL, VAEConfig
+
+CONFIGS = Path(sdbook.__file__).parent / "configs"
+WORDS = ["a red star above a blue house", "two green fish", "a boat and a moon"] * 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """An untrained model of 64×64 pictures, saved: a few thousand weights."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train(WORDS, vocab_size=560, max_length=16)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            bos_token_id=tokenizer.start_id,
+            eos_token_id=tokenizer.end_id,
+            pad_token_id=tokenizer.end_id,
+        )
+    )
+    unet = UNet(
+        UNetConfig(
+            sample_size=16,
+            block_out_channels=(16, 32),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            attention_head_dim=2,
+            cross_attention_dim=16,
+            norm_num_groups=8,
+        )
+    )
+    vae = AutoencoderKL(
+        VAEConfig(
+            block_out_channels=(8, 8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+            sample_size=64,
+        )
+    )
+    scheduler = make_scheduler("ddim", clip_sample=False, steps_offset=1)
+    pipe = StableDiffusion(vae, text_encoder, tokenizer, unet, scheduler)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def draw(model, tmp_path):
+    """Run `sdbook sample` in this process; gives the path of the picture."""
+
+    def draw(*flags, prompt=("a red star",), steps=2, name="out.png"):
+        path = tmp_path / name
+        flags = ["--prompt", *prompt, "--checkpoint_path", str(model), *flags]
+        flags += ["--num_inference_steps", str(steps), "--output_path", str(path)]
+        main(["sample", *flags])
+        return path
+
+    return draw
+
+
+def refused(capsys, arguments) -> str:
+    """The one line that a command says before it ends with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in arguments])
+    said = capsys.readouterr().err.strip()
+    lines = [line for line in said.splitlines() if "warning" not in line]
+    assert exit_.value.code == 2, said
+    assert len(lines) == 1 and "Traceback" not in said, said
+    assert lines[0].startswith(f"sdbook {arguments[0]}: error: ")
+    return lines[0]
+
+
+# ---- usage ----
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_usage_lists_the_commands(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in COMMANDS)
+
+
+def test_an_unknown_command_is_named(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["draw"])
+    assert exit_.value.code == 2
+    said = capsys.readouterr()
+    assert "no command 'draw'" in said.err and "sample" in said.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert "--config" in capsys.readouterr().out
+
+
+def test_in_a_process_of_its_own(model, tmp_path):
+    path = tmp_path / "fish.png"
+    command = [sys.executable, "-m", "sdbook", "sample", "--prompt", "two blue fish"]
+    command += ["--checkpoint_path", str(model), "--num_inference_steps", "1"]
+    done = subprocess.run(
+        [*command, "--output_path", str(path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"wrote {path}" in done.stdout
+    assert Image.open(path).size == (64, 64)
+
+
+# ---- pictures that can be made again ----
+
+
+def test_a_picture_says_how_it_was_made(draw, model):
+    text = Image.open(draw("--seed", "7", "--guidance_scale", "2.5")).text
+    assert text["prompt"] == "a red star"
+    assert text["seed"] == "7"
+    assert text["num_inference_steps"] == "2"
+    assert text["guidance_scale"] == "2.5"
+    assert text["scheduler"] == "DDIMScheduler"
+    assert text["model"] == str(model)
+    assert text["version"] == f"sdbook {sdbook.__version__}"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--negative_prompt", "a dark, 'quoted' boat", "--seed", "3"],
+        ["--scheduler", "ddpm", "--image_size", "32", "--guidance_scale", "1"],
+        ["--dtype", "bfloat16"],
+    ],
+    ids=["plain", "negative", "others", "bfloat16"],
+)
+def test_the_metadata_make_the_same_picture_again(draw, tmp_path, flags):
+    first = Image.open(draw(*flags, prompt=['a "red" star, über alles']))
+    again = tmp_path / "again.png"
+    words = shlex.split(first.text["command"])
+    assert words[:2] == ["sdbook", "sample"]
+    main([*words[1:], "--output_path", str(again)])
+    second = Image.open(again)
+    np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
+    assert second.text == first.text
+
+
+def test_further_pictures_carry_their_own_seed(draw, tmp_path):
+    path = draw("--num_images", "2", "--seed", "5", prompt=["a star", "a moon"])
+    files = [path, *(tmp_path / f"out-{k}.png" for k in (1, 2, 3))]
+    texts = [Image.open(file).text for file in files]
+    assert [text["seed"] for text in texts] == ["5", "6", "7", "8"]
+    prompts = [text["prompt"] for text in texts]
+    assert prompts == ["a star", "a star", "a moon", "a moon"]
+    alone = tmp_path / "alone.png"
+    words = shlex.split(texts[3]["command"])[1:]
+    main([*words, "--output_path", str(alone)])
+    one, other = (np.asarray(Image.open(f), int) for f in (files[3], alone))
+    assert np.abs(one - other).max() <= 1  # a batch may round differently
+
+
+def test_grid_is_one_labelled_sheet(draw, tmp_path):
+    path = draw("--grid", "true", "--num_images", "2", prompt=["a star", "a moon"])
+    assert [file.name for file in tmp_path.glob("*.png")] == ["out.png"]
+    sheet = Image.open(path)
+    assert sheet.width > 4 * 64 and sheet.height > 64
+    assert sheet.text["prompt"] == "a star\na moon"
+    again = tmp_path / "again.png"
+    main([*shlex.split(sheet.text["command"])[1:], "--output_path", str(again)])
+    assert np.array_equal(np.asarray(sheet), np.asarray(Image.open(again)))
+
+
+# ---- flags ----
+
+
+def pixels(path):
+    return np.asarray(Image.open(path), int)
+
+
+def test_every_flag_of_the_first_design_is_there(capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    said = capsys.readouterr().out
+    for flag in (
+        "prompt negative_prompt checkpoint_path output_path image_size guidance_scale "
+        "num_inference_steps scheduler seed num_images device dtype"
+    ).split():
+        assert f"--{flag}" in said
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--seed", "1"],
+        ["--guidance_scale", "9"],
+        ["--negative_prompt", "two green fish"],
+        ["--scheduler", "ddpm"],
+    ],
+    ids=lambda flags: flags[0][2:],
+)
+def test_a_flag_changes_the_picture(draw, flags):
+    plain, changed = draw(name="plain.png"), draw(*flags, name="changed.png")
+    assert np.abs(pixels(plain) - pixels(changed)).max() > 0
+
+
+def test_size_device_and_folder(draw, tmp_path):
+    path = draw("--image_size", "32", "--device", "cpu", name="new/folder/out.png")
+    assert Image.open(path).size == (32, 32)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_draws_nearly_the_same(draw, dtype):
+    plain, half = draw(name="plain.png"), draw("--dtype", dtype, name="half.png")
+    assert np.abs(pixels(plain) - pixels(half)).mean() < 4
+
+
+def test_gather_prompts():
+    assert gather_prompts(["--seed", "1"]) == ["--seed", "1"]
+    assert gather_prompts(["--prompt"]) == ["--prompt"]
+    gathered = gather_prompts(["--prompt", "a", "", "3", "--seed", "1"])
+    assert gathered == ["--prompt", '["a", "", "3"]', "--seed", "1"]
+    assert gather_prompts(["--prompt=a b"]) == ["--prompt=a b"]
+
+
+# ---- config files ----
+
+
+def print_config(capsys, *arguments) -> dict:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main([*arguments, "--print_config"])
+    assert exit_.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_flags_override_the_config(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text("prompt: a red star\nseed: 3\nguidance_scale: 2\n")
+    config = print_config(capsys, "sample", "--config", str(file), "--seed", "4")
+    assert config["prompt"] == "a red star"
+    assert config["seed"] == 4
+    assert config["guidance_scale"] == 2
+    assert config["num_inference_steps"] == 25
+
+
+def test_a_printed_config_is_a_config(tmp_path, capsys):
+    first = print_config(
+        capsys, "train", "--unet_channels", "[32, 64]", "--batch_size", "3"
+    )
+    file = tmp_path / "printed.yaml"
+    file.write_text(yaml.safe_dump(first))
+    assert print_config(capsys, "train", "--config", str(file)) == first
+    assert first["unet_channels"] == [32, 64]
+
+
+def test_prompts_in_a_config(draw, model, tmp_path):
+    file = tmp_path / "mine.yaml"
+    settings = {"prompt": ["a star", "a moon"], "num_inference_steps": 1}
+    settings |= {"checkpoint_path": str(model), "output_path": str(tmp_path / "a.png")}
+    file.write_text(yaml.safe_dump(settings))
+    main(["sample", "--config", str(file)])
+    assert Image.open(tmp_path / "a-1.png").text["prompt"] == "a moon"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_unknown_keys_are_named(command, capsys, tmp_path):
+    required = ["--prompt", "a"] if command == "sample" else []
+    said = refused(capsys, [command, *required, "--stepz", "3"])
+    assert "stepz" in said and f"sdbook {command} --help" in said
+    file = tmp_path / "mine.yaml"
+    file.write_text("stepz: 3\n")
+    assert "stepz" in refused(capsys, [command, *required, "--config", file])
+
+
+@pytest.mark.parametrize(
+    "command, flag, value",
+    [
+        ("sample", "seed", "x"),
+        ("sample", "num_inference_steps", "2.5"),
+        ("sample", "dtype", "int8"),
+        ("evaluate", "num_prompts", "many"),
+        ("train", "batch_size", "1.5"),
+        ("train", "unet_channels", "[32, wide]"),
+        ("train-vae", "learning_rate", "fast"),
+        ("train-clip", "twins", "3"),
+    ],
+)
+def test_wrong_types_are_named(command, flag, value, capsys, tmp_path):
+    required = ["--prompt", "a"] if command == "sample" else []
+    said = refused(capsys, [command, *required, f"--{flag}", value])
+    assert flag in said
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"{flag}: {value}\n")
+    assert flag in refused(capsys, [command, *required, "--config", file])
+
+
+def test_a_config_that_is_not_there_or_not_yaml(tmp_path, capsys):
+    said = refused(capsys, ["train", "--config", tmp_path / "nothing.yaml"])
+    assert "nothing.yaml" in said
+    file = tmp_path / "broken.yaml"
+    file.write_text("seed: [1\n")
+    assert "config" in refused(capsys, ["train", "--config", file])
+
+
+@pytest.mark.parametrize(
+    "name, command, config_class",
+    [
+        ("scenes-vae", "train-vae", VAETrainingConfig),
+        ("scenes-clip", "train-clip", CLIPTrainingConfig),
+        ("scenes-unet-cpu", "train", TrainingConfig),
+        ("scenes-unet-gpu", "train", TrainingConfig),
+        ("folder", "train", TrainingConfig),
+    ],
+)
+def test_shipped_configs_parse(name, command, config_class, capsys):
+    config = print_config(capsys, command, "--config", str(CONFIGS / f"{name}.yaml"))
+    assert set(config) == {field.name for field in fields(config_class)}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    assert config_class(**values).output_dir == config["output_dir"]
+
+
+def test_every_shipped_config_is_tested():
+    names = {file.stem for file in CONFIGS.glob("*.yaml")}
+    (mark,) = test_shipped_configs_parse.pytestmark
+    assert names == {name for name, _, _ in mark.args[1]}
+
+
+# ---- bad input: an error of one line, or a warning and a picture ----
+
+
+def bad_sample(model, *flags, prompt="a star"):
+    given = ["--checkpoint_path", model, "--num_inference_steps", "2"]
+    return ["sample", "--prompt", prompt, *given, *flags]
+
+
+def test_an_empty_prompt_draws(draw):
+    assert Image.open(draw(prompt=[""])).text["prompt"] == ""
+
+
+def test_ten_thousand_words_draw_with_one_warning(draw, capsys):
+    path = draw(prompt=["star " * 10_000])
+    said = capsys.readouterr().err
+    warned = [line for line in said.splitlines() if "warning" in line]
+    assert len(warned) == 1 and len(warned[0]) < 1000
+    assert warned[0].startswith("sdbook: warning: ")
+    assert Image.open(path).size == (64, 64)
+
+
+@pytest.mark.parametrize("steps", ["0", "1001", "-1"])
+def test_impossible_steps(model, capsys, steps):
+    said = refused(capsys, bad_sample(model, "--num_inference_steps", steps))
+    assert steps in said and "1000" in said
+
+
+@pytest.mark.parametrize("size", ["50", "0", "-8"])
+def test_impossible_sizes(model, capsys, size):
+    said = refused(capsys, bad_sample(model, "--image_size", size))
+    assert size in said and "multiples of 8" in said
+
+
+@pytest.mark.parametrize(
+    "flag, value, words",
+    [
+        ("scheduler", "magic", ["magic", "ddim"]),
+        ("device", "gpu", ["gpu", "cpu"]),
+        ("num_images", "0", ["num_images", "at least 1"]),
+        ("output_path", "picture.jpg", ["picture.jpg", ".png"]),
+        ("checkpoint_path", "nowhere", ["nowhere", "folder"]),
+    ],
+)
+def test_other_impossible_flags(model, capsys, flag, value, words):
+    said = refused(capsys, bad_sample(model, f"--{flag}", value))
+    assert all(word in said for word in words), said
+
+
+def test_a_gpu_that_is_not_there(model, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = refused(capsys, bad_sample(model, "--device", "cuda"))
+    assert "cuda" in said and "cpu" in said
+
+
+def test_no_prompt(capsys):
+    assert "prompt" in refused(capsys, ["sample"])
+    assert "prompt" in refused(capsys, ["sample", "--prompt"])
+
+
+def test_a_place_where_nothing_can_be_written(model, capsys, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    path = tmp_path / "file" / "out.png"
+    assert "file" in refused(capsys, bad_sample(model, "--output_path", path))
+
+
+@pytest.fixture
+def copy(model, tmp_path):
+    return Path(shutil.copytree(model, tmp_path / "copy"))
+
+
+def test_a_truncated_checkpoint(copy, capsys):
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    said = refused(capsys, bad_sample(copy))
+    assert str(weights) in said and "copy or download it again" in said
+
+
+def test_an_incomplete_checkpoint(copy, capsys):
+    shutil.rmtree(copy / "text_encoder")
+    assert str(copy / "text_encoder") in refused(capsys, bad_sample(copy))
+    (copy / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    assert str(copy / "vae") in refused(capsys, bad_sample(copy))
+
+
+def test_a_foreign_checkpoint(copy, capsys, tmp_path):
+    index = json.loads((copy / "model_index.json").read_text())
+    index["unet"] = ["diffusers", "FluxTransformer2DModel"]
+    (copy / "model_index.json").write_text(json.dumps(index))
+    assert "FluxTransformer2DModel" in refused(capsys, bad_sample(copy))
+    (tmp_path / "pictures").mkdir()
+    said = refused(capsys, bad_sample(tmp_path / "pictures"))
+    assert "pictures" in said and "model_index.json" in said
+
+
+def test_a_checkpoint_of_other_shapes(copy, capsys):
+    file = copy / "unet" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"cross_attention_dim": 24}))
+    assert "config.json" in refused(capsys, bad_sample(copy))
+
+
+def test_training_without_its_frozen_parts(capsys, tmp_path):
+    said = refused(capsys, ["train", "--vae_path", tmp_path / "nothing"])
+    assert "nothing" in said
+    said = refused(capsys, ["train-vae", "--dataset_path", tmp_path / "nothing"])
+    assert "nothing" in said
+
+
+# ---- evaluate ----
+
+
+def test_evaluate_writes_a_report(model, tmp_path, capsys):
+    folder = tmp_path / "report"
+    flags = ["--checkpoint_path", model, "--output_dir", folder, "--num_prompts", 1]
+    main(["evaluate", *map(str, flags), "--num_inference_steps", "1"])
+    report = json.loads((folder / "scores.json").read_text())
+    assert report["facts"]["model"] == str(model)
+    assert report["facts"]["num_prompts"] == 1
+    assert set(report["scores"]) == set(report["records"])
+    assert len(report["scores"]) == 7
+    assert (folder / "scores.md").read_text() in capsys.readouterr().out
+
+
+def test_evaluate_refuses_nothing(model, capsys):
+    arguments = ["evaluate", "--checkpoint_path", model, "--num_prompts", "0"]
+    assert "num_prompts" in refused(capsys, arguments)

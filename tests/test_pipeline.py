@@ -1,0 +1,558 @@
+"""The pipeline against diffusers', and every way to call it wrongly."""
+
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdbook.clip import CLIPTextConfig, CLIPTextModel, Tokenizer
+from sdbook.pipeline import (
+    StableDiffusion,
+    find_model,
+    guide,
+    prepare_prompts,
+    shipped_models,
+)
+from sdbook.schedulers import DDIMScheduler, DDPMScheduler, make_scheduler
+from sdbook.unet import UNet, UNetConfig
+from sdbook.vae import AutoencoderKL, VAEConfig
+
+SD = dict(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    steps_offset=1,
+    clip_sample=False,
+)
+WORDS = ["a red star above a blue house", "two green fish", "a boat and a moon"] * 4
+
+
+def small_pipeline(channels=(32, 64), seed=0):
+    """An untrained Stable Diffusion: 16×16 pixels, 8×8 latents."""
+    torch.manual_seed(seed)
+    tokenizer = Tokenizer.train(WORDS, vocab_size=560, max_length=16)
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        bos_token_id=tokenizer.start_id,
+        eos_token_id=tokenizer.end_id,
+        pad_token_id=tokenizer.end_id,
+    )
+    plain = len(channels) - 1
+    unet_config = UNetConfig(
+        sample_size=8,
+        block_out_channels=channels,
+        down_block_types=("CrossAttnDownBlock2D",) * plain + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * plain,
+        layers_per_block=1,
+        attention_head_dim=4,
+        cross_attention_dim=32,
+        norm_num_groups=8,
+    )
+    vae_config = VAEConfig(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=16,
+    )
+    return StableDiffusion(
+        AutoencoderKL(vae_config).eval(),
+        CLIPTextModel(text_config).eval(),
+        tokenizer,
+        UNet(unet_config).eval(),
+        make_scheduler("ddim", **SD, set_alpha_to_one=False),
+    )
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return small_pipeline()
+
+
+@pytest.fixture(scope="module")
+def folder(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "small"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    reference = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    reference.set_progress_bar_config(disable=True)
+    return reference
+
+
+@pytest.fixture(autouse=True)
+def ddim_again(pipe):
+    yield
+    pipe.scheduler = "ddim"
+
+
+def draw(pipe, prompt="a red star", n=2, **options):
+    options = {"output_type": "np", "progress": False, **options}
+    return pipe(prompt, num_inference_steps=n, **options).images
+
+
+def relative(a, b):
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+# ---- equal to diffusers ----
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+@pytest.mark.parametrize("size", [(16, 16), (16, 24)])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_pictures_after_20_steps_equal_diffusers(pipe, reference, name, size, scale):
+    pipe.scheduler = name
+    kind = {"ddim": diffusers.DDIMScheduler, "ddpm": diffusers.DDPMScheduler}[name]
+    reference.scheduler = kind.from_config(reference.scheduler.config)
+    options = dict(
+        height=size[0], width=size[1], num_inference_steps=20, guidance_scale=scale
+    )
+    prompts, negatives = ["a red star", "two green fish"], ["", ""]
+    if scale > 1:
+        negatives = ["blue", "a house"]
+    ours = pipe(
+        prompts, negatives, seed=3, output_type="np", progress=False, **options
+    ).images
+    theirs = reference(
+        prompts,
+        negative_prompt=negatives,
+        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
+        output_type="np",
+        **options,
+    ).images
+    assert relative(ours, theirs) < 1e-4
+
+
+def test_eta_and_latents_equal_diffusers(pipe, reference):
+    reference.scheduler = diffusers.DDIMScheduler.from_config(
+        reference.scheduler.config
+    )
+    latents = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(9))
+    options = dict(num_inference_steps=6, guidance_scale=2.0, eta=0.7, output_type="np")
+    ours = pipe("a boat", latents=latents, seed=5, progress=False, **options).images
+    theirs = reference(
+        "a boat",
+        latents=latents,
+        height=16,
+        width=24,
+        generator=torch.Generator().manual_seed(5),
+        **options,
+    ).images
+    assert relative(ours, theirs) < 1e-4
+
+
+def test_three_level_unet_equals_diffusers(tmp_path):
+    pipe = small_pipeline((16, 24, 32), seed=1)
+    pipe.save_pretrained(tmp_path)
+    reference = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
+    reference.set_progress_bar_config(disable=True)
+    options = dict(num_inference_steps=3, guidance_scale=3.0, output_type="np")
+    ours = pipe("two fish", height=24, seed=1, progress=False, **options).images
+    theirs = reference(
+        "two fish",
+        height=24,
+        width=16,
+        generator=torch.Generator().manual_seed(1),
+        **options,
+    ).images
+    assert relative(ours, theirs) < 1e-4
+
+
+# ---- files, both ways ----
+
+
+def test_diffusers_folder_opens_here(pipe, reference, tmp_path):
+    reference.save_pretrained(tmp_path)
+    again = StableDiffusion.from_pretrained(tmp_path)
+    assert np.array_equal(draw(again), draw(pipe))
+    assert again.scheduler.config == pipe.scheduler.config
+
+
+def test_our_folder_opens_here(pipe, folder):
+    again = StableDiffusion.from_pretrained(folder)
+    assert np.array_equal(draw(again), draw(pipe))
+    assert not again.unet.training and again.dtype == torch.float32
+
+
+def test_half_files_and_half_models(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path, dtype=torch.float16)
+    full = StableDiffusion.from_pretrained(tmp_path)
+    half = StableDiffusion.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert full.dtype == torch.float32 and half.dtype == torch.bfloat16
+    assert np.abs(draw(full) - draw(pipe)).max() < 0.02
+    assert np.abs(draw(half) - draw(pipe)).max() < 0.2
+    back = half.to("cpu", torch.float32)
+    assert back is half and back.dtype == torch.float32
+
+
+def test_a_scheduler_that_we_lack_gives_ddim_with_a_warning(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    values = {k: v for k, v in SD.items() if k != "clip_sample"}
+    config = {"_class_name": "DPMSolverSDEScheduler", **values}
+    path = tmp_path / "model/scheduler/scheduler_config.json"
+    path.write_text(json.dumps(config))
+    index = json.loads((tmp_path / "model/model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "DPMSolverSDEScheduler"]
+    (tmp_path / "model/model_index.json").write_text(json.dumps(index))
+    with pytest.warns(UserWarning, match="DPMSolverSDEScheduler.*using ddim"):
+        pipe = StableDiffusion.from_pretrained(tmp_path / "model")
+    assert isinstance(pipe.scheduler, DDIMScheduler)
+    assert pipe.scheduler.config.beta_end == 0.012
+
+
+def test_shipped_models_are_found_by_name(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("SDBOOK_MODELS", str(folder.parent))
+    assert shipped_models()["small"] == folder
+    assert find_model("small") == folder
+    monkeypatch.setenv("SDBOOK_MODELS", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no model 'small'; give a folder"):
+        find_model("small")
+
+
+# ---- what a call does ----
+
+
+def test_output_types(pipe):
+    array = draw(pipe)
+    assert array.shape == (1, 16, 16, 3) and 0 <= array.min() and array.max() <= 1
+    tensor = draw(pipe, output_type="pt")
+    assert np.array_equal(tensor.permute(0, 2, 3, 1).numpy(), array)
+    (picture,) = draw(pipe, output_type="pil")
+    assert isinstance(picture, Image.Image) and picture.size == (16, 16)
+    assert np.array_equal(np.asarray(picture), (array[0] * 255).round())
+    latents = draw(pipe, output_type="latent")
+    assert latents.shape == (1, 4, 8, 8)
+    assert np.array_equal(pipe.decode(latents, "np"), array)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_a_picture_does_not_depend_on_its_batch(pipe, name):
+    pipe.scheduler = name
+    together = draw(pipe, ["a boat", "a red star", "two fish"], seed=10)
+    for k, prompt in enumerate(["a boat", "a red star", "two fish"]):
+        alone = draw(pipe, prompt, seed=10 + k)
+        assert np.abs(together[k] - alone[0]).max() < 1e-5
+
+
+def test_seeds_one_by_one_and_drawn(pipe):
+    out = pipe("a boat", num_images_per_prompt=3, num_inference_steps=1, progress=False)
+    assert out.seeds == [0, 1, 2] and len(out.images) == 3
+    three = draw(pipe, "a boat", num_images_per_prompt=3, seed=[7, 0, 7])
+    assert np.abs(three[0] - three[2]).max() < 1e-5
+    assert np.abs(three[0] - three[1]).max() > 1e-2
+    out = pipe("a boat", seed=None, num_inference_steps=2, progress=False)
+    again = pipe("a boat", seed=out.seeds, num_inference_steps=2, progress=False)
+    assert np.array_equal(np.asarray(out.images[0]), np.asarray(again.images[0]))
+
+
+def test_pictures_of_each_prompt_stand_together(pipe):
+    images = draw(
+        pipe, ["a boat", "two fish"], num_images_per_prompt=2, seed=[1, 2] * 2
+    )
+    boats = draw(pipe, ["a boat"] * 2, seed=1)
+    assert np.abs(images[:2] - boats).max() < 1e-5
+
+
+def test_latents_in_and_out(pipe):
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    assert np.array_equal(draw(pipe, latents=noise), draw(pipe, seed=4))
+    wide = torch.cat([noise, noise], dim=3)
+    assert draw(pipe, latents=wide).shape == (1, 16, 32, 3)
+
+
+def test_callback_sees_every_step(pipe):
+    seen = []
+    final = draw(
+        pipe,
+        n=5,
+        output_type="latent",
+        callback=lambda step, t, latents: seen.append((step, t, latents)),
+    )
+    assert [step for step, _, _ in seen] == [0, 1, 2, 3, 4]
+    assert [t for _, t, _ in seen] == [801, 601, 401, 201, 1]
+    assert torch.equal(seen[-1][2], final)
+
+
+def test_progress_bar_can_be_switched_off(pipe, capfd):
+    draw(pipe, progress=True)
+    assert "2/2" in capfd.readouterr().err
+    draw(pipe, progress=False)
+    assert capfd.readouterr().err == ""
+
+
+def test_guidance_goes_from_uncond_through_cond(pipe):
+    torch.manual_seed(0)
+    uncond, cond = torch.randn(2, 1, 4, 8, 8)
+    assert torch.equal(guide(uncond, cond, 0.0), uncond)
+    torch.testing.assert_close(guide(uncond, cond, 1.0), cond)
+    torch.testing.assert_close(guide(uncond, cond, 3.0), 3 * cond - 2 * uncond)
+
+
+def test_no_guidance_asks_the_unet_half_as_much(pipe, monkeypatch):
+    sizes = []
+    forward = pipe.unet.forward
+    monkeypatch.setattr(
+        pipe.unet,
+        "forward",
+        lambda x, t, c: (sizes.append(len(x)), forward(x, t, c))[1],
+    )
+    plain = draw(pipe, guidance_scale=1.0)
+    guided = draw(pipe, guidance_scale=1.0001)
+    assert sizes == [1, 1, 2, 2]
+    assert np.abs(plain - guided).max() < 1e-3
+
+
+def test_negative_prompt_changes_the_picture_and_empty_means_none(pipe):
+    plain = draw(pipe, guidance_scale=4.0)
+    assert not np.array_equal(draw(pipe, negative_prompt="blue"), plain)
+    assert np.array_equal(draw(pipe, negative_prompt=None), draw(pipe))
+    two = draw(pipe, ["a boat"] * 2, negative_prompt=["blue"] * 2, seed=[0, 0])
+    one = draw(pipe, "a boat", negative_prompt="blue")
+    assert np.abs(two - one).max() < 1e-5
+
+
+def test_scheduler_by_name_or_object_keeps_the_noise_schedule(pipe):
+    pipe.scheduler = "ddpm"
+    assert isinstance(pipe.scheduler, DDPMScheduler)
+    assert pipe.scheduler.config.beta_end == 0.012
+    pipe.scheduler = other = DDIMScheduler(**SD)
+    assert pipe.scheduler is other
+    pipe.scheduler = "ddim"
+    assert pipe.scheduler.config.beta_schedule == "scaled_linear"
+    with pytest.raises(ValueError, match="'eulr'; there are ddpm, ddim"):
+        pipe.scheduler = "eulr"
+
+
+def test_gradients_are_off_inside_only(pipe):
+    images = draw(pipe, output_type="pt")
+    assert not images.requires_grad and torch.is_grad_enabled()
+
+
+def test_an_overflowing_half_decoder_is_retried_in_float32(folder, monkeypatch):
+    pipe = StableDiffusion.from_pretrained(folder, dtype=torch.bfloat16)
+    decode = type(pipe.vae).decode
+
+    def overflow(vae, z):
+        pixels = decode(vae, z)
+        return pixels * torch.inf if z.dtype == torch.bfloat16 else pixels
+
+    monkeypatch.setattr(type(pipe.vae), "decode", overflow)
+    with pytest.warns(UserWarning, match="overflowed in torch.bfloat16"):
+        images = draw(pipe)
+    assert np.isfinite(images).all() and images.std() > 0.01
+    assert next(pipe.vae.parameters()).dtype == torch.bfloat16
+
+
+# ---- bad input ----
+
+
+def test_empty_prompt_is_a_prompt(pipe):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isfinite(draw(pipe, "")).all()
+
+
+def test_ten_thousand_words_are_cut_with_a_warning(pipe):
+    words = "a red star " * 3334
+    with pytest.warns(UserWarning):
+        long = draw(pipe, words)
+    with pytest.warns(UserWarning):
+        assert np.array_equal(draw(pipe, words[:400]), long)
+
+
+@pytest.mark.parametrize("steps", [0, 1001])
+def test_number_of_steps(pipe, steps):
+    message = f"num_inference_steps={steps}: expected 1 to 1000"
+    with pytest.raises(ValueError, match=message):
+        draw(pipe, n=steps)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(height=17), "height=17: .* multiples of 4 pixels; try 16 or 20"),
+        (dict(width=18), "width=18: .* multiples of 4 pixels; try 16 or 20"),
+        (dict(width=0), "width=0: .* try 4 or 8"),
+        (dict(height=-16), "height=-16"),
+        (dict(prompt=[]), "empty list of prompts"),
+        (dict(negative_prompt=["a", "b"]), "1 prompts but 2 negative prompts"),
+        (dict(num_images_per_prompt=0), "num_images_per_prompt=0"),
+        (dict(output_type="png"), "output_type='png': choose one of pil, np, pt, lat"),
+        (dict(seed=[1, 2]), "2 seeds for 1 pictures"),
+        (dict(eta=2.0), "eta=2.0: expected 0"),
+        (
+            dict(prompt=["a"] * 3, latents=torch.zeros(2, 4, 8, 8)),
+            "prompt batch of 3 but latents for 2; pass one latent per prompt",
+        ),
+        (
+            dict(latents=torch.zeros(1, 3, 8, 8)),
+            r"latents of shape \(1, 3, 8, 8\), expected \(1, 4, 8, 8\)",
+        ),
+        (
+            dict(latents=torch.zeros(1, 4, 8, 8), height=24),
+            "leave out height and width",
+        ),
+        (dict(latents=torch.zeros(1, 4, 7, 8)), "height=14"),
+    ],
+)
+def test_calls_that_cannot_be_drawn(pipe, monkeypatch, options, message):
+    monkeypatch.setattr(pipe.unet, "forward", None)  # nothing may be computed
+    with pytest.raises(ValueError, match=message):
+        draw(pipe, **options)
+
+
+@pytest.mark.parametrize("prompt, kind", [(None, "NoneType"), (["a", 3], "int")])
+def test_prompts_are_texts(prompt, kind):
+    with pytest.raises(ValueError, match=f"a prompt of type {kind}; pass a text"):
+        prepare_prompts(prompt, "", 1)
+
+
+def test_eta_without_ddim(pipe):
+    pipe.scheduler = "ddpm"
+    with pytest.raises(
+        ValueError, match="DDPMScheduler has no eta; use scheduler ddim"
+    ):
+        draw(pipe, eta=0.5)
+
+
+def test_arguments_without_effect_warn(pipe):
+    with pytest.warns(UserWarning, match="guidance_scale=0.5 is treated as 1"):
+        low = draw(pipe, guidance_scale=0.5)
+    assert np.array_equal(low, draw(pipe, guidance_scale=1.0))
+    with pytest.warns(UserWarning, match="negative_prompt has no effect"):
+        draw(pipe, negative_prompt="blue", guidance_scale=1.0)
+
+
+def test_parts_that_do_not_fit_together(pipe):
+    wide = UNet(UNetConfig(**{**vars(pipe.unet.config), "cross_attention_dim": 48}))
+    with pytest.raises(ValueError, match="cross_attention_dim is 48 .* is 32"):
+        StableDiffusion(
+            pipe.vae, pipe.text_encoder, pipe.tokenizer, wide, pipe.scheduler
+        )
+
+
+# ---- bad checkpoints ----
+
+
+def copy_of(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "broken")
+
+
+def test_missing_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no model .*; give a folder, an id"):
+        StableDiffusion.from_pretrained(tmp_path / "nowhere")
+
+
+def test_folder_without_an_index(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(
+        FileNotFoundError, match="no model_index.json .it has: notes.txt"
+    ):
+        StableDiffusion.from_pretrained(tmp_path)
+
+
+def test_single_file(tmp_path):
+    (tmp_path / "model.ckpt").touch()
+    with pytest.raises(ValueError, match="model.ckpt is a single file; give a folder"):
+        StableDiffusion.from_pretrained(tmp_path / "model.ckpt")
+
+
+@pytest.mark.parametrize(
+    "part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
+)
+def test_missing_part_is_named(folder, tmp_path, part):
+    broken = copy_of(folder, tmp_path)
+    shutil.rmtree(broken / part)
+    with pytest.raises(FileNotFoundError, match=part):
+        StableDiffusion.from_pretrained(broken)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("keep", [0, 40, 5000])
+def test_truncated_weights_are_named(folder, tmp_path, part, keep):
+    broken = copy_of(folder, tmp_path)
+    (path,) = (broken / part).glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=path.name):
+        StableDiffusion.from_pretrained(broken)
+
+
+def test_weights_of_another_model_list_the_keys(folder, tmp_path):
+    broken = copy_of(folder, tmp_path)
+    small_pipeline((16, 24, 32)).unet.save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other/diffusion_pytorch_model.safetensors", broken / "unet")
+    with pytest.raises(ValueError, match="unexpected .*Use the config.json"):
+        StableDiffusion.from_pretrained(broken)
+
+
+def test_foreign_pipelines_are_refused(folder, tmp_path):
+    broken = copy_of(folder, tmp_path)
+    index = json.loads((broken / "model_index.json").read_text())
+    index |= {"_class_name": "FluxPipeline", "unet": [None, None]}
+    (broken / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        ValueError, match="FluxPipeline.* has unet = None, expected UNet"
+    ):
+        StableDiffusion.from_pretrained(broken)
+
+
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"]
+)
+def test_broken_json_is_named(folder, tmp_path, name):
+    broken = copy_of(folder, tmp_path)
+    (broken / name).write_text('{"half": ')
+    with pytest.raises(ValueError, match=name):
+        StableDiffusion.from_pretrained(broken)
+
+
+def test_hub_id_without_a_network_says_so(monkeypatch):
+    import huggingface_hub
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(
+        FileNotFoundError, match="'owner/model' from the Hugging Face hub"
+    ):
+        StableDiffusion.from_pretrained("owner/model")
+
+
+def test_hub_id_with_a_network(folder, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *a, **k: str(folder)
+    )
+    assert StableDiffusion.from_pretrained("owner/model").dtype == torch.float32
+
+
+# ---- imports ----
+
+
+def test_importing_the_pipeline_stays_light():
+    code = (
+        "import sys, sdbook.pipeline; "
+        "print([m for m in ('transformers', 'diffusers', 'matplotlib', "
+        "'huggingface_hub') if m in sys.modules])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == "[]"

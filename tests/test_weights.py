@@ -1,0 +1,195 @@
+"""Loading and saving: what fits is loaded exactly, what does not is named."""
+
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from sdbook.weights import (
+    Config,
+    Pretrained,
+    WeightsError,
+    load_strictly,
+    read_weights,
+    save_weights,
+    write_json,
+)
+
+
+@dataclass(frozen=True)
+class TinyConfig(Config):
+    width: int = 3
+    sizes: tuple[int, ...] = (1, 2)
+
+    fixed: ClassVar[dict] = {"act_fn": "silu"}
+    ignored: ClassVar[tuple] = ("colour",)
+
+
+class Tiny(Pretrained, nn.Module):
+    config_class = TinyConfig
+    diffusers_class = "Tiny"
+
+    def __init__(self, config=None):
+        super().__init__()
+        self.config = config or TinyConfig()
+        self.linear = nn.Linear(self.config.width, 2)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    Tiny(TinyConfig(width=4, sizes=(5,))).save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def edit_config(folder, **values):
+    path = folder / "config.json"
+    write_json({**json.loads(path.read_text()), **values}, path)
+
+
+def test_round_trip(folder):
+    first, second = Tiny.from_pretrained(folder), Tiny.from_pretrained(str(folder))
+    assert first.config == TinyConfig(width=4, sizes=(5,))
+    assert torch.equal(first.linear.weight, second.linear.weight)
+    assert not first.training and first.linear.weight.requires_grad
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+
+
+def test_others_may_read_the_files(folder):
+    modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert all(mode & 0o044 == 0o044 for mode in modes), modes
+
+
+def test_half_precision_file_is_read_as_float32(folder):
+    model = Tiny.from_pretrained(folder)
+    model.save_pretrained(folder, dtype=torch.float16)
+    stored = read_weights(folder / Tiny.weights_name)
+    assert stored["linear.weight"].dtype == torch.float16
+    again = Tiny.from_pretrained(folder)
+    assert again.linear.weight.dtype == torch.float32
+    half = Tiny.from_pretrained(folder, dtype=torch.bfloat16)
+    assert half.linear.weight.dtype == torch.bfloat16
+
+
+def test_channels_last_weights_can_be_saved(tmp_path):
+    conv = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+    save_weights(conv.state_dict(), tmp_path / "conv.safetensors")
+    read = read_weights(tmp_path / "conv.safetensors")
+    assert torch.equal(read["weight"], conv.weight)
+
+
+def test_known_options_are_accepted_and_others_refused(folder):
+    edit_config(folder, act_fn="silu", colour="red", _diffusers_version="0.1")
+    assert Tiny.from_pretrained(folder).config.width == 4
+    edit_config(folder, act_fn="relu", wings=2)
+    with pytest.raises(WeightsError, match=r"config.json.*act_fn='relu'.*wings=2"):
+        Tiny.from_pretrained(folder)
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere.*give the folder"):
+        Tiny.from_pretrained(tmp_path / "nowhere")
+
+
+def test_missing_config_lists_what_is_there(folder):
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no config.json .*diffusion_pytorch"):
+        Tiny.from_pretrained(folder)
+
+
+def test_broken_config(folder):
+    (folder / "config.json").write_text("{ not json")
+    with pytest.raises(WeightsError, match=r"config.json is not valid JSON"):
+        Tiny.from_pretrained(folder)
+    (folder / "config.json").write_bytes(b"\xff\xfe\x00binary")
+    with pytest.raises(WeightsError, match=r"config.json is not valid JSON"):
+        Tiny.from_pretrained(folder)
+    (folder / "config.json").write_text("[1, 2]")
+    with pytest.raises(WeightsError, match="no JSON object"):
+        Tiny.from_pretrained(folder)
+
+
+def test_config_of_another_class(folder):
+    edit_config(folder, _class_name="UNet2DConditionModel")
+    with pytest.raises(WeightsError, match="belongs to UNet2DConditionModel"):
+        Tiny.from_pretrained(folder)
+
+
+def test_missing_weights(folder):
+    (folder / Tiny.weights_name).unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no diffusion_.*config.json"):
+        Tiny.from_pretrained(folder)
+
+
+def test_truncated_weights(folder):
+    path = folder / Tiny.weights_name
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(WeightsError, match=r"safetensors is not a whole.*again"):
+        Tiny.from_pretrained(folder)
+    path.write_bytes(b"")
+    with pytest.raises(WeightsError, match="is empty"):
+        Tiny.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"<!doctype html><html>404</html>", "not a whole safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+    ],
+)
+def test_foreign_weights(folder, content, said):
+    (folder / Tiny.weights_name).write_bytes(content)
+    with pytest.raises(WeightsError, match=said):
+        Tiny.from_pretrained(folder)
+
+
+def test_wrong_shapes_and_keys_are_listed_in_one_error(folder):
+    edit_config(folder, width=7)
+    with pytest.raises(WeightsError, match=r"weight: file \(2, 4\), model \(2, 7\)"):
+        Tiny.from_pretrained(folder)
+    state = {"linear.weight": torch.zeros(2, 9), "stranger": torch.zeros(1)}
+    with pytest.raises(WeightsError) as caught:
+        load_strictly(Tiny(), state, "here.safetensors")
+    for part in ("here.safetensors", "linear.bias", "stranger", "(2, 9)", "Tiny"):
+        assert part in str(caught.value)
+
+
+def test_pickle_is_read_without_running_code(folder):
+    state = Tiny.from_pretrained(folder).state_dict()
+    (folder / Tiny.weights_name).unlink()
+    pickle_path = folder / "diffusion_pytorch_model.bin"
+    torch.save({"state_dict": state, "epoch": 3}, pickle_path)
+    assert torch.equal(
+        Tiny.from_pretrained(folder).linear.weight, state["linear.weight"]
+    )
+
+    class Trap:
+        def __reduce__(self):
+            return print, ("code ran",)
+
+    torch.save({"state_dict": state, "trap": Trap()}, pickle_path)
+    with pytest.raises(WeightsError, match="could not be opened .*safetensors version"):
+        Tiny.from_pretrained(folder)
+    pickle_path.write_bytes(b"nonsense")
+    with pytest.raises(WeightsError, match="could not be opened"):
+        Tiny.from_pretrained(folder)
+
+
+def test_failed_write_leaves_the_old_file(folder, monkeypatch):
+    before = (folder / Tiny.weights_name).read_bytes()
+
+    def broken(tensors, file, metadata=None):
+        file.write_bytes(b"half a")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("sdbook.weights.save_file", broken)
+    with pytest.raises(OSError, match="disk full"):
+        Tiny().save_pretrained(folder)
+    assert (folder / Tiny.weights_name).read_bytes() == before
+    assert not list(folder.glob(".*"))

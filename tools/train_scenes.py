@@ -1,0 +1,92 @@
+"""Train the model that ships with the book: VAE, CLIP, UNet, one after the other.
+
+    python tools/train_scenes.py                a computer without a GPU: hours
+    python tools/train_scenes.py --gpu          one GPU with bfloat16: half an hour
+
+Started again, it goes on where it was stopped. Checkpoints and caches go to runs/.
+At the end data/models/scenes/ holds the model in float16, data/runs/ the recorded
+curves and the scores. Each step is a command that is printed first and could be
+typed; further arguments after -- go to all three trainings.
+"""
+
+import argparse
+import shlex
+import shutil
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "sdbook" / "configs"
+
+
+def sdbook(*arguments: str) -> None:
+    """Run an `sdbook` command in this process, and show it."""
+    from sdbook.__main__ import main
+
+    print("\nsdbook", shlex.join(arguments), flush=True)
+    main(list(arguments))
+
+
+def train(configs: Path, runs: Path, gpu: bool, more: list[str]) -> Path:
+    """The three trainings; returns the folder of the finished pipeline."""
+    vae, clip, unet = (str(runs / name) for name in ("vae", "clip", "unet"))
+    wide = ["--mixed_precision", "bf16"] if gpu else []
+    kind = "gpu" if gpu else "cpu"
+    file = {name: str(configs / f"scenes-{name}.yaml") for name in ("vae", "clip")}
+    file["unet"] = str(configs / f"scenes-unet-{kind}.yaml")
+
+    sdbook("train-vae", "--config", file["vae"], "--output_dir", vae, *wide, *more)
+    sdbook("train-clip", "--config", file["clip"], "--output_dir", clip, *wide, *more)
+    sdbook(
+        "train", "--config", file["unet"], "--output_dir", unet, "--vae_path", vae,
+        "--text_encoder_path", clip, *more,
+    )  # fmt: skip
+    return runs / "unet" / "pipeline"
+
+
+def record(runs: Path, data: Path) -> None:
+    """Copy the three logs to data/runs/."""
+    for name in ("vae", "clip", "unet"):
+        folder = data / "runs" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(runs / name / "log.jsonl", folder / "log.jsonl")
+
+
+def ship(pipeline: Path, model: Path) -> None:
+    """Write the pipeline in float16 to where `from_pretrained("scenes")` finds it."""
+    import torch
+
+    from sdbook import StableDiffusion
+
+    pipe = StableDiffusion.from_pretrained(pipeline)
+    pipe.save_pretrained(model, dtype=torch.float16)
+    size = sum(file.stat().st_size for file in model.rglob("*") if file.is_file())
+    print(f"wrote {model}: {size / 1e6:.1f} MB")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gpu", action="store_true", help="bfloat16, compiled, wide")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--data", type=Path, default=ROOT / "data")
+    parser.add_argument("--configs", type=Path, default=CONFIGS)
+    parser.add_argument("--num_prompts", type=int, default=200, help="of each kind")
+    parser.add_argument("--guidance_scale", type=float, default=3.0)
+    parser.add_argument("more", nargs="*", help="flags for the trainings, after --")
+    options = parser.parse_args(arguments)
+
+    pipeline = train(options.configs, options.runs, options.gpu, options.more)
+    record(options.runs, options.data)
+    model = options.data / "models" / "scenes"
+    ship(pipeline, model)
+    sdbook(
+        "evaluate", "--checkpoint_path", str(model),
+        "--output_dir", str(options.data / "runs" / "scores"),
+        "--num_prompts", str(options.num_prompts),
+        "--guidance_scale", str(options.guidance_scale),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
