@@ -10,7 +10,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 
@@ -466,16 +466,25 @@ class Scenes(Dataset):
     `split` is "train", "validation" (the same world, other pictures) or "held_out"
     (each shows something that the other two never do). Items are
     `(pixels, caption)`: float32 (3, size, size) from -1 to 1, and a sentence.
-    `length` says where an epoch ends; `scene(i)` knows no end.
+    `length` says where an epoch ends; `scene(i)` knows no end. `kinds` are the kinds
+    of prompt to show (not of held-out scenes), each as often as in `KINDS`.
     """
 
     def __init__(
-        self, size: int = 64, split: str = "train", seed: int = 0, length: int = 20_000
+        self,
+        size: int = 64,
+        split: str = "train",
+        seed: int = 0,
+        length: int = 20_000,
+        kinds: Iterable[str] = tuple(KINDS),
     ):
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
         if size % 64 or size <= 0:
             raise ValueError(f"size {size} must be a multiple of 64, such as 64 or 128")
+        self.odds = {kind: KINDS[kind] for kind in KINDS if kind in set(kinds)}
+        if not self.odds or set(kinds) - set(KINDS):
+            raise ValueError(f"kinds {list(kinds)}; name some of {', '.join(KINDS)}")
         self.size, self.split, self.seed, self.length = size, split, seed, length
 
     def __len__(self) -> int:
@@ -486,11 +495,11 @@ class Scenes(Dataset):
         if index < 0:
             raise IndexError(f"scene {index}: indices start at 0")
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
-        held_out = self.split == "held_out"
-        kinds, odds = list(KINDS), list(KINDS.values())
+        held_out, odds = self.split == "held_out", self.odds
         if held_out:  # what is held out has to be said
-            kinds, odds = ["colours", "attribution", "position"], [0.3, 0.35, 0.35]
-        kind = str(rng.choice(kinds, p=odds))
+            odds = {"colours": 0.3, "attribution": 0.35, "position": 0.35}
+        total = sum(odds.values())
+        kind = str(rng.choice(list(odds), p=[odd / total for odd in odds.values()]))
         truth = invent(kind, rng, held_out)
         things = arrange(truth, rng)
         said = say(truth, "attribution" if held_out else kind, rng)

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from .clip import CLIP, CLIPTextConfig, CLIPTextModel, Tokenizer, contrastive_loss
 from .data import (
     COLOURS,
+    KINDS,
     CaptionedImages,
     Crowds,
     Request,
@@ -73,6 +74,7 @@ __all__ = [
     "CLIPTrainingConfig",
     "captions_of",
     "new_text_encoder",
+    "start_apart",
     "train_clip",
     "fingerprint",
     "data_fingerprint",
@@ -83,6 +85,7 @@ __all__ = [
     "check_unet_choices",
     "make_noise_schedule",
     "unet_config",
+    "new_unet",
     "open_frozen",
     "encode_dataset",
     "as_it_is",
@@ -123,6 +126,7 @@ class RunConfig:
     Attributes:
         dataset_path: "scenes" for the book's own world, or a folder of pictures.
         num_pictures: how many of the endless scenes to use.
+        kinds: kinds of scene to show (chapter 4's `KINDS`); none named: all.
         output_dir: where the model, checkpoints and the log (log.jsonl) go.
         image_size: pictures are cut to squares of this side, in pixels.
         batch_size: pictures in one optimiser step, over all processes.
@@ -143,6 +147,7 @@ class RunConfig:
 
     dataset_path: str = "scenes"
     num_pictures: int = 20_000
+    kinds: tuple[str, ...] = ()
     output_dir: str = "runs/model"
     image_size: int = 64
     batch_size: int = 64
@@ -606,7 +611,10 @@ def latent_spread(vae: AutoencoderKL, dataset: Dataset, count: int = 256) -> flo
 def open_dataset(config: RunConfig, split: str = "train") -> Dataset:
     """The scenes, or the captioned pictures of a folder (which has no splits)."""
     if config.dataset_path == "scenes":
-        return Scenes(config.image_size, split, length=config.num_pictures)
+        kinds = config.kinds or tuple(KINDS)
+        return Scenes(
+            config.image_size, split, length=config.num_pictures, kinds=kinds
+        )
     return CaptionedImages(config.dataset_path, config.image_size)
 
 
@@ -740,6 +748,13 @@ def new_text_encoder(config: CLIPTrainingConfig, tokenizer) -> CLIPTextModel:
     )
 
 
+def start_apart(clip: CLIP) -> None:
+    """Let words differ more, and their fit count less, than in CLIP's own start."""
+    embeddings = clip.text_encoder.embeddings
+    nn.init.normal_(embeddings.token_embedding.weight, std=0.3)
+    nn.init.constant_(clip.logit_scale, math.log(4))
+
+
 def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel:
     """Train text and picture towers to agree; save text model and tokenizer.
 
@@ -753,6 +768,7 @@ def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel:
     tokenizer = Tokenizer.train(texts, config.vocab_size, config.max_length)
     text_encoder = new_text_encoder(config, tokenizer)
     clip = CLIP(text_encoder, config.image_size, projection_dim=config.hidden_size)
+    start_apart(clip)
 
     def collate(items):
         pairs = [pair for item in items for pair in item] if twins else items
@@ -883,6 +899,7 @@ class TrainingConfig(RunConfig):
     Attributes:
         vae_path: folder with a trained vae/ (what train-vae wrote).
         text_encoder_path: folder with text_encoder/ and tokenizer/ (train-clip's).
+        pretrained: a pipeline (what train wrote) whose UNet to go on from.
         unet_channels: width of each level.
         layers_per_block: residual blocks per level on the way down.
         attention_levels: levels that attend to the text, counted from 0 at the top.
@@ -900,6 +917,7 @@ class TrainingConfig(RunConfig):
     checkpoint_every: int = 1000
     vae_path: str = "runs/vae"
     text_encoder_path: str = "runs/clip"
+    pretrained: str | None = None
     unet_channels: tuple[int, ...] = (64, 128, 192)
     layers_per_block: int = 1
     attention_levels: tuple[int, ...] = (1, 2)
@@ -974,6 +992,21 @@ def unet_config(config: TrainingConfig, vae, text_encoder) -> UNetConfig:
     )
 
 
+def new_unet(config: TrainingConfig, vae, text_encoder) -> UNet:
+    """A UNet that starts from zero, or from the one in `pretrained`."""
+    sizes = unet_config(config, vae, text_encoder)
+    if config.pretrained is None:
+        return start_as_identity(UNet(sizes))
+    unet = UNet.from_pretrained(Path(config.pretrained) / "unet")
+    if unet.config != sizes:
+        raise ValueError(
+            f"the UNet in {config.pretrained} has other sizes than this run:\n"
+            f"  {unet.config}\n  {sizes}\nset unet_channels, layers_per_block, "
+            "attention_levels, num_heads and norm_num_groups as they were"
+        )
+    return unet
+
+
 def open_frozen(config: TrainingConfig):
     """The trained VAE, text model and tokenizer; FileNotFoundError says what to run."""
     vae, texts = Path(config.vae_path), Path(config.text_encoder_path)
@@ -1027,7 +1060,7 @@ def train(config: TrainingConfig) -> StableDiffusion:
     accelerator = make_accelerator(config.mixed_precision)
     vae, text_encoder, tokenizer = open_frozen(config)
     encoded = encode_dataset(config, accelerator, vae, text_encoder, tokenizer)
-    unet = start_as_identity(UNet(unet_config(config, vae, text_encoder)))
+    unet = new_unet(config, vae, text_encoder)
     scheduler = make_noise_schedule(config)
     loss = DiffusionLoss(
         scheduler,

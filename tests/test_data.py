@@ -298,6 +298,14 @@ def test_wrong_arguments_are_named(wrong):
         Scenes(**wrong)
 
 
+def test_some_kinds_alone():
+    scenes = Scenes(kinds=["counting"])
+    assert {len(scenes.scene(i).things) for i in range(40)} == {2, 3}
+    for wrong in ([], ["pairs"], ["single", "pairs"]):
+        with pytest.raises(ValueError, match="name some of single, two, counting"):
+            Scenes(kinds=wrong)
+
+
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_the_same_pictures_from_two_workers(method):
     if method == "forkserver":

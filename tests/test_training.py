@@ -33,6 +33,7 @@ from sdbook.training import (
     learning_rate_at,
     load_checkpoint,
     min_snr_weights,
+    open_dataset,
     optimise,
     save_checkpoint,
     start_certain,
@@ -496,6 +497,26 @@ def test_the_pipeline_opens_and_draws(unet_config):
     assert same(dict(pipe.unet.state_dict()), dict(average))
 
 
+def test_going_on_from_another_pipeline(unet_config):
+    first = train(unet_config)
+    pipeline = f"{unet_config.output_dir}/pipeline"
+    second = replace(
+        unet_config, output_dir=f"{unet_config.output_dir}-2", pretrained=pipeline,
+        max_steps=1, learning_rate=1e-20, weight_decay=0.0,
+    )  # fmt: skip
+    assert same(dict(first.unet.state_dict()), dict(train(second).unet.state_dict()))
+    with pytest.raises(ValueError, match=r"other sizes than this run[^$]*set unet_ch"):
+        train(replace(second, unet_channels=(16, 32)))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train(replace(second, pretrained="nowhere"))
+
+
+def test_the_kinds_of_scene_that_are_shown(unet_config):
+    shown = open_dataset(replace(unet_config, kinds=("single", "colours")))
+    assert all(len(shown.scene(index).things) == 1 for index in range(50))
+    assert {len(open_dataset(unet_config).scene(i).things) for i in range(50)} > {1}
+
+
 def test_the_loss_falls(unet_config):
     train(replace(unet_config, max_steps=25, learning_rate=5e-3, snr_gamma=0.0))
     losses = [line["loss"] for line in log_of(unet_config.output_dir)]
@@ -693,6 +714,8 @@ def write_toy_configs(folder):
     folder.mkdir()
     files = {"vae": TOY_VAE, "clip": TOY_CLIP, "unet-cpu": TOY_UNET}
     files["unet-gpu"] = {**TOY_UNET, "mixed_precision": "bf16"}
+    for kind in ("cpu", "gpu"):
+        files[f"singles-{kind}"] = {**files[f"unet-{kind}"], "kinds": ["single"]}
     for name, options in files.items():
         (folder / f"scenes-{name}.yaml").write_text(yaml.safe_dump(lists(options)))
 
@@ -705,7 +728,8 @@ def test_the_script_trains_ships_and_scores(tmp_path, gpu, capsys):
     tool = load_tool()
     tool.main(arguments)
     runs = tmp_path / "data" / "runs"
-    assert [log_of(runs / name)[-1]["step"] for name in ("vae", "clip", "unet")] == [2] * 3  # noqa: E501
+    for name in ("vae", "clip", "singles", "unet"):
+        assert log_of(runs / name)[-1]["step"] == 2
     scores = json.loads((runs / "scores" / "scores.json").read_text())
     assert "held_out" in scores["scores"]
     pipe = StableDiffusion.from_pretrained(tmp_path / "data" / "models" / "scenes")
@@ -722,7 +746,7 @@ def test_shipped_configs_are_readable():
 
     kinds = {"vae": VAETrainingConfig, "clip": CLIPTrainingConfig}
     files = sorted((ROOT / "sdbook" / "configs").glob("scenes-*.yaml"))
-    assert len(files) >= 4
+    assert len(files) == 6
     for file in files:
         kind = kinds.get(file.stem.split("-")[1], TrainingConfig)
         options = yaml.safe_load(file.read_text())

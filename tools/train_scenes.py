@@ -1,5 +1,7 @@
 """Train the model that ships with the book: VAE, CLIP, UNet, one after the other.
 
+The UNet is trained twice: on scenes of one thing, then on all.
+
     python tools/train_scenes.py                a computer without a GPU: hours
     python tools/train_scenes.py --gpu          one GPU with bfloat16: half an hour
 
@@ -27,25 +29,28 @@ def sdbook(*arguments: str) -> None:
 
 
 def train(configs: Path, runs: Path, gpu: bool, more: list[str]) -> Path:
-    """The three trainings; returns the folder of the finished pipeline."""
-    vae, clip, unet = (str(runs / name) for name in ("vae", "clip", "unet"))
+    """The trainings, in order; returns the folder of the finished pipeline."""
     wide = ["--mixed_precision", "bf16"] if gpu else []
     kind = "gpu" if gpu else "cpu"
-    file = {name: str(configs / f"scenes-{name}.yaml") for name in ("vae", "clip")}
-    file["unet"] = str(configs / f"scenes-unet-{kind}.yaml")
+    frozen = [f"--vae_path={runs / 'vae'}", f"--text_encoder_path={runs / 'clip'}"]
 
-    sdbook("train-vae", "--config", file["vae"], "--output_dir", vae, *wide, *more)
-    sdbook("train-clip", "--config", file["clip"], "--output_dir", clip, *wide, *more)
-    sdbook(
-        "train", "--config", file["unet"], "--output_dir", unet, "--vae_path", vae,
-        "--text_encoder_path", clip, *more,
-    )  # fmt: skip
+    def run(command: str, name: str, config: str, *flags: str) -> None:
+        file, output = configs / f"scenes-{config}.yaml", runs / name
+        sdbook(
+            command, "--config", str(file), "--output_dir", str(output), *flags, *more
+        )
+
+    run("train-vae", "vae", "vae", *wide)
+    run("train-clip", "clip", "clip", *wide)
+    run("train", "singles", f"singles-{kind}", *frozen)
+    singles = str(runs / "singles" / "pipeline")
+    run("train", "unet", f"unet-{kind}", *frozen, f"--pretrained={singles}")
     return runs / "unet" / "pipeline"
 
 
 def record(runs: Path, data: Path) -> None:
-    """Copy the three logs to data/runs/."""
-    for name in ("vae", "clip", "unet"):
+    """Copy the logs to data/runs/."""
+    for name in ("vae", "clip", "singles", "unet"):
         folder = data / "runs" / name
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(runs / name / "log.jsonl", folder / "log.jsonl")
