@@ -65,22 +65,20 @@ class Attention(nn.Module):
         query_dim: int,
         context_dim: int | None = None,
         num_heads: int = 8,
-        head_dim: int | None = None,
         qkv_bias: bool = False,
     ):
         super().__init__()
-        if head_dim is None and query_dim % num_heads:
+        if query_dim % num_heads:
             raise ValueError(
                 f"{query_dim} channels do not split into {num_heads} heads; "
                 "choose a number of heads that divides the channels"
             )
-        inner_dim = num_heads * (head_dim or query_dim // num_heads)
         context_dim = context_dim or query_dim
         self.num_heads = num_heads
-        self.to_q = nn.Linear(query_dim, inner_dim, bias=qkv_bias)
-        self.to_k = nn.Linear(context_dim, inner_dim, bias=qkv_bias)
-        self.to_v = nn.Linear(context_dim, inner_dim, bias=qkv_bias)
-        self.to_out = nn.Sequential(nn.Linear(inner_dim, query_dim))
+        self.to_q = nn.Linear(query_dim, query_dim, bias=qkv_bias)
+        self.to_k = nn.Linear(context_dim, query_dim, bias=qkv_bias)
+        self.to_v = nn.Linear(context_dim, query_dim, bias=qkv_bias)
+        self.to_out = nn.Sequential(nn.Linear(query_dim, query_dim))
 
     def forward(
         self,

@@ -456,8 +456,9 @@ def optimise(
     module.to(device, memory_format=torch.channels_last)
     ema = EMA(module, config.ema_decay) if config.ema_decay else None
     optimiser = torch.optim.AdamW(
-        module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-    )
+        module.parameters(), lr=config.learning_rate,
+        weight_decay=config.weight_decay, fused=True,
+    )  # fmt: skip
     first, main = 0, accelerator.is_main_process
     if config.resume and checkpoint.exists():
         first = load_checkpoint(checkpoint, module, ema, optimiser)

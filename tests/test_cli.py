@@ -12,65 +12,24 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import small_pipeline
 from PIL import Image
 
 import sdbook
 from sdbook.__main__ import COMMANDS, gather_prompts, main
-from sdbook.clip import CLIPTextConfig, CLIPTextModel, Tokenizer
-from sdbook.pipeline import StableDiffusion
-from sdbook.schedulers import make_scheduler
 from sdbook.training import (
     CLIPTrainingConfig,
     TrainingConfig,
     VAETrainingConfig,
 )
-from sdbook.unet import UNet, UNetConfig
-from sdbook.vae import AutoencoderKL, VAEConfig
 
 CONFIGS = Path(sdbook.__file__).parent / "configs"
-WORDS = ["a red star above a blue house", "two green fish", "a boat and a moon"] * 4
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """An untrained model of 64×64 pictures, saved: a few thousand weights."""
-    torch.manual_seed(0)
-    tokenizer = Tokenizer.train(WORDS, vocab_size=560, max_length=16)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            bos_token_id=tokenizer.start_id,
-            eos_token_id=tokenizer.end_id,
-            pad_token_id=tokenizer.end_id,
-        )
-    )
-    unet = UNet(
-        UNetConfig(
-            sample_size=16,
-            block_out_channels=(16, 32),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            attention_head_dim=2,
-            cross_attention_dim=16,
-            norm_num_groups=8,
-        )
-    )
-    vae = AutoencoderKL(
-        VAEConfig(
-            block_out_channels=(8, 8, 8),
-            layers_per_block=1,
-            norm_num_groups=4,
-            sample_size=64,
-        )
-    )
-    scheduler = make_scheduler("ddim", clip_sample=False, steps_offset=1)
-    pipe = StableDiffusion(vae, text_encoder, tokenizer, unet, scheduler)
+    pipe = small_pipeline((16, 32), (8, 8, 8), width=16, image_size=64)
     folder = tmp_path_factory.mktemp("models") / "tiny"
     pipe.save_pretrained(folder)
     return folder

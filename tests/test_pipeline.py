@@ -10,9 +10,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from helpers import small_pipeline
 from PIL import Image
 
-from sdbook.clip import CLIPTextConfig, CLIPTextModel, Tokenizer
 from sdbook.pipeline import (
     StableDiffusion,
     find_model,
@@ -20,9 +20,8 @@ from sdbook.pipeline import (
     prepare_prompts,
     shipped_models,
 )
-from sdbook.schedulers import DDIMScheduler, DDPMScheduler, make_scheduler
+from sdbook.schedulers import DDIMScheduler, DDPMScheduler
 from sdbook.unet import UNet, UNetConfig
-from sdbook.vae import AutoencoderKL, VAEConfig
 
 SD = dict(
     beta_start=0.00085,
@@ -31,48 +30,6 @@ SD = dict(
     steps_offset=1,
     clip_sample=False,
 )
-WORDS = ["a red star above a blue house", "two green fish", "a boat and a moon"] * 4
-
-
-def small_pipeline(channels=(32, 64), seed=0):
-    """An untrained Stable Diffusion: 16×16 pixels, 8×8 latents."""
-    torch.manual_seed(seed)
-    tokenizer = Tokenizer.train(WORDS, vocab_size=560, max_length=16)
-    text_config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=16,
-        bos_token_id=tokenizer.start_id,
-        eos_token_id=tokenizer.end_id,
-        pad_token_id=tokenizer.end_id,
-    )
-    plain = len(channels) - 1
-    unet_config = UNetConfig(
-        sample_size=8,
-        block_out_channels=channels,
-        down_block_types=("CrossAttnDownBlock2D",) * plain + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * plain,
-        layers_per_block=1,
-        attention_head_dim=4,
-        cross_attention_dim=32,
-        norm_num_groups=8,
-    )
-    vae_config = VAEConfig(
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        sample_size=16,
-    )
-    return StableDiffusion(
-        AutoencoderKL(vae_config).eval(),
-        CLIPTextModel(text_config).eval(),
-        tokenizer,
-        UNet(unet_config).eval(),
-        make_scheduler("ddim", **SD, set_alpha_to_one=False),
-    )
 
 
 @pytest.fixture(scope="module")

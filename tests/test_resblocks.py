@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
+from helpers import randomise, relative_error
 
 from sdbook.resblocks import (
     Downsample,
@@ -14,19 +15,6 @@ from sdbook.resblocks import (
 )
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-
-
-def randomise(module):
-    """Give every bias and norm a random value too: ones and zeros prove little."""
-    for parameter in module.parameters():
-        if parameter.ndim == 1:
-            torch.nn.init.normal_(parameter, 0.5, 0.5)
-    return module.eval()
-
-
-def relative_error(ours, reference):
-    assert ours.shape == reference.shape
-    return ((ours - reference).abs().max() / reference.abs().max()).item()
 
 
 @pytest.mark.parametrize("dim", [2, 24, 25, 320])

@@ -6,6 +6,7 @@ import jaxtyping
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from helpers import relative_error
 
 from sdbook.unet import (
     UNet,
@@ -77,11 +78,6 @@ def inputs(config, batch=3, size=(8, 16)):
     latents = torch.randn(batch, config.in_channels, *size)
     t = torch.tensor([0, 500, 999])[:batch]
     return latents, t, torch.randn(batch, 7, config.cross_attention_dim)
-
-
-def relative_error(ours, reference):
-    assert ours.shape == reference.shape
-    return ((ours - reference).abs().max() / reference.abs().max()).item()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import json
 import diffusers
 import pytest
 import torch
+from helpers import relative_error
 
 from sdbook.vae import AutoencoderKL, DiagonalGaussian, VAEConfig
 from sdbook.weights import WeightsError, write_json
@@ -36,11 +37,6 @@ CONFIGS = {
 }
 
 
-def relative(ours, reference):
-    assert ours.shape == reference.shape
-    return ((ours - reference).abs().max() / reference.abs().max()).item()
-
-
 def reference_class(config):
     values = config.to_dict()
     return diffusers.AutoencoderKL(**values).eval()
@@ -57,15 +53,15 @@ def test_equals_diffusers(name, batch, size):
     ours.load_state_dict(reference.state_dict(), strict=True)
     x = torch.rand(batch, config.in_channels, *size) * 2 - 1
     expected, got = reference.encode(x).latent_dist, ours.encode(x)
-    assert relative(ours.encoder(x), reference.encoder(x)) <= 1e-5
-    assert relative(got.mode(), expected.mode()) <= 1e-5
-    assert relative(got.std, expected.std) <= 1e-5
-    assert relative(got.kl(), expected.kl()) <= 1e-5
+    assert relative_error(ours.encoder(x), reference.encoder(x)) <= 1e-5
+    assert relative_error(got.mode(), expected.mode()) <= 1e-5
+    assert relative_error(got.std, expected.std) <= 1e-5
+    assert relative_error(got.kl(), expected.kl()) <= 1e-5
     seeded = [torch.Generator().manual_seed(7) for _ in range(2)]
-    assert relative(got.sample(seeded[0]), expected.sample(seeded[1])) <= 1e-5
+    assert relative_error(got.sample(seeded[0]), expected.sample(seeded[1])) <= 1e-5
     z = expected.mode()
     assert z.shape[-1] == size[1] // config.downscale
-    assert relative(ours.decode(z), reference.decode(z).sample) <= 1e-5
+    assert relative_error(ours.decode(z), reference.decode(z).sample) <= 1e-5
 
 
 @torch.no_grad()
@@ -76,7 +72,7 @@ def test_channels_last_gives_the_same_picture():
     before = vae.decode(vae.encode(x).mode())
     vae.to(memory_format=torch.channels_last)
     after = vae.decode(vae.encode(x.to(memory_format=torch.channels_last)).mode())
-    assert relative(after, before) <= 1e-5
+    assert relative_error(after, before) <= 1e-5
 
 
 def test_stable_diffusion_shape():
