@@ -71,7 +71,7 @@ def difference(
 
 
 def find_background(picture: UInt8[np.ndarray, "h w 3"]) -> str:
-    """The background that at least half of all pixels are closest to."""
+    """The background whose median difference from the picture is smallest."""
     return min(BACKGROUNDS, key=lambda name: np.median(difference(picture, name)))
 
 
