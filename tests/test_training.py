@@ -730,7 +730,7 @@ def test_the_script_trains_ships_and_scores(tmp_path, gpu, capsys):
     runs = tmp_path / "data" / "runs"
     for name in ("vae", "clip", "singles", "unet"):
         assert log_of(runs / name)[-1]["step"] == 2
-    scores = json.loads((runs / "scores" / "scores.json").read_text())
+    scores = json.loads((runs / "evaluation" / "scores.json").read_text())
     assert "held_out" in scores["scores"]
     pipe = StableDiffusion.from_pretrained(tmp_path / "data" / "models" / "scenes")
     before = pipe.unet.state_dict()

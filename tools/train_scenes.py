@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     ship(pipeline, model)
     sdbook(
         "evaluate", "--checkpoint_path", str(model),
-        "--output_dir", str(options.data / "runs" / "scores"),
+        "--output_dir", str(options.data / "runs" / "evaluation"),
         "--num_prompts", str(options.num_prompts),
         "--guidance_scale", str(options.guidance_scale),
     )  # fmt: skip
