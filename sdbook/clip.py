@@ -30,6 +30,8 @@ __all__ = [
     "open_tokenizer",
     "warn_about_cut_words",
     "learn_vocabulary",
+    "write_older_files",
+    "fit_to_length",
     "Tokenizer",
     "CLIPTextConfig",
     "CLIPEmbeddings",
@@ -125,7 +127,7 @@ def warn_about_cut_words(lost: str, room: int) -> None:
     warnings.warn(
         f"only {room} tokens of the prompt fit; the model does not see its last "
         f"{len(words)} words: {shown!r}. Shorten the prompt",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 
@@ -147,6 +149,25 @@ def learn_vocabulary(
         {**special, "unk_token": END, "model_max_length": max_length},
         Path(folder) / "tokenizer_config.json",
     )
+
+
+def write_older_files(backend, folder: str | Path) -> None:
+    """Write vocab.json and merges.txt beside what the library saves itself."""
+    model = json.loads(backend.backend_tokenizer.to_str())["model"]
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    write_vocabulary(tokens, merges, folder)
+
+
+def fit_to_length(backend, text: str, max_length: int) -> list[int]:
+    """The ids of a text, cut (with a warning) or filled up to `max_length`."""
+    end = backend.eos_token_id
+    ids = backend(text, verbose=False)["input_ids"]
+    if len(ids) > max_length:
+        lost = backend.decode(ids[max_length - 1 : -1])
+        warn_about_cut_words(lost, max_length - 2)
+        ids = ids[: max_length - 1] + [end]
+    return ids + [end] * (max_length - len(ids))
 
 
 class Tokenizer:
@@ -182,12 +203,7 @@ class Tokenizer:
         """Write the files of transformers' newer and older versions."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.backend.save_pretrained(str(folder))
-        model = json.loads(self.backend.backend_tokenizer.to_str())["model"]
-        merges = [
-            tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]
-        ]
-        tokens = sorted(model["vocab"], key=model["vocab"].get)
-        write_vocabulary(tokens, merges, folder)
+        write_older_files(self.backend, folder)
 
     def __len__(self) -> int:
         return len(self.backend)
@@ -198,12 +214,7 @@ class Tokenizer:
         for text in [texts] if isinstance(texts, str) else texts:
             if not isinstance(text, str):
                 raise TypeError(f"a prompt must be text, not {type(text).__name__}")
-            ids = self.backend(text, verbose=False)["input_ids"]
-            if len(ids) > self.max_length:
-                lost = self.backend.decode(ids[self.max_length - 1 : -1])
-                warn_about_cut_words(lost, self.max_length - 2)
-                ids = ids[: self.max_length - 1] + [self.end_id]
-            rows.append(ids + [self.end_id] * (self.max_length - len(ids)))
+            rows.append(fit_to_length(self.backend, text, self.max_length))
         return torch.tensor(rows, dtype=torch.int64).view(len(rows), self.max_length)
 
     def tokens(self, text: str) -> list[str]:

@@ -51,6 +51,8 @@ __all__ = [
     "Scene",
     "to_pixels",
     "SPLITS",
+    "HELD_OUT_KINDS",
+    "pick_kind",
     "Scenes",
     "Crowds",
     "write_folder",
@@ -274,7 +276,7 @@ PLACES = {
     "sand": "on the sand",
     "dusk": "at dusk",
 }
-OPENINGS = ("", "", "a picture of ")  # the second one is twice as rare
+OPENINGS = ("", "", "a picture of ")  # no opening is twice as likely
 
 
 def plural(shape: str, count: int) -> str:
@@ -458,6 +460,14 @@ def to_pixels(picture: UInt8[np.ndarray, "h w 3"]) -> Float[Tensor, "3 h w"]:
 
 
 SPLITS = ("train", "validation", "held_out")
+# What is held out has to be said, so these kinds only:
+HELD_OUT_KINDS = {"colours": 0.3, "attribution": 0.35, "position": 0.35}
+
+
+def pick_kind(odds: dict[str, float], rng: np.random.Generator) -> str:
+    """One of the kinds, each as often as its odds say."""
+    total = sum(odds.values())
+    return str(rng.choice(list(odds), p=[odd / total for odd in odds.values()]))
 
 
 class Scenes(Dataset):
@@ -495,11 +505,8 @@ class Scenes(Dataset):
         if index < 0:
             raise IndexError(f"scene {index}: indices start at 0")
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
-        held_out, odds = self.split == "held_out", self.odds
-        if held_out:  # what is held out has to be said
-            odds = {"colours": 0.3, "attribution": 0.35, "position": 0.35}
-        total = sum(odds.values())
-        kind = str(rng.choice(list(odds), p=[odd / total for odd in odds.values()]))
+        held_out = self.split == "held_out"
+        kind = pick_kind(HELD_OUT_KINDS if held_out else self.odds, rng)
         truth = invent(kind, rng, held_out)
         things = arrange(truth, rng)
         said = say(truth, "attribution" if held_out else kind, rng)
@@ -513,7 +520,7 @@ class Scenes(Dataset):
 
 
 class Crowds(Dataset):
-    """Pictures crowded with one to eight things anywhere, for training a VAE.
+    """Pictures crowded with up to eight things anywhere, for training a VAE.
 
     A VAE reads no captions, and most of a scene is background: a crowd shows it more
     things a picture. Items are as of `Scenes`, with an empty caption; pairs that are

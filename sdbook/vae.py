@@ -23,10 +23,13 @@ __all__ = [
     "ImageAttention",
     "MidBlock",
     "DiagonalGaussian",
+    "BLOCK_TYPES",
+    "without_block_types",
     "VAEConfig",
     "Encoder",
     "Decoder",
     "rename_old_attention",
+    "check_size",
     "AutoencoderKL",
 ]
 
@@ -149,6 +152,27 @@ class DiagonalGaussian:
         return 0.5 * terms.sum(dim=(1, 2, 3))
 
 
+BLOCK_TYPES = {
+    "down_block_types": "DownEncoderBlock2D",
+    "up_block_types": "UpDecoderBlock2D",
+}
+
+
+def without_block_types(
+    values: dict[str, Any], count: int, where: str
+) -> dict[str, Any]:
+    """Take the types of `count` levels out of a config, if they are the plain ones."""
+    values = dict(values)
+    for key, kind in BLOCK_TYPES.items():
+        given = list(values.pop(key, [kind] * count))
+        if given != [kind] * count:
+            raise WeightsError(
+                f"{where}: {key}={given} is not what we build; it must be "
+                f"{kind!r}, {count} times"
+            )
+    return values
+
+
 @dataclass(frozen=True)
 class VAEConfig(Config):
     """The autoencoder's sizes, named as in diffusers; the defaults are SD 1.5's."""
@@ -170,10 +194,6 @@ class VAEConfig(Config):
         "latents_std": None,
     }
     ignored: ClassVar[tuple[str, ...]] = ("force_upcast",)
-    levels: ClassVar[dict[str, str]] = {
-        "down_block_types": "DownEncoderBlock2D",
-        "up_block_types": "UpDecoderBlock2D",
-    }
 
     def __post_init__(self):
         if any(width % self.norm_num_groups for width in self.block_out_channels):
@@ -191,21 +211,13 @@ class VAEConfig(Config):
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "the config"):
         """Read config.json, whose block types must be the plain ones."""
-        values = dict(values)
         count = len(values.get("block_out_channels", cls.block_out_channels))
-        for key, kind in cls.levels.items():
-            given = list(values.pop(key, [kind] * count))
-            if given != [kind] * count:
-                raise WeightsError(
-                    f"{where}: {key}={given} is not what we build; it must be "
-                    f"{kind!r}, {count} times"
-                )
-        return super().from_dict(values, where)
+        return super().from_dict(without_block_types(values, count, where), where)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds, block types included."""
         count = len(self.block_out_channels)
-        types = {key: [kind] * count for key, kind in self.levels.items()}
+        types = {key: [kind] * count for key, kind in BLOCK_TYPES.items()}
         return {**super().to_dict(), **types}
 
 
@@ -275,6 +287,16 @@ def rename_old_attention(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def check_size(x: Float[Tensor, "b c h w"], factor: int) -> None:
+    """Raise ValueError when height or width is not a multiple of `factor`."""
+    height, width = x.shape[-2:]
+    if height % factor or width % factor:
+        raise ValueError(
+            f"picture of {height}×{width} pixels, but this autoencoder needs "
+            f"multiples of {factor}; resize or crop it"
+        )
+
+
 class AutoencoderKL(Pretrained, nn.Module):
     """The variational autoencoder of Stable Diffusion (Rombach et al., 2022).
 
@@ -301,13 +323,7 @@ class AutoencoderKL(Pretrained, nn.Module):
 
         Raises ValueError when a side is not a multiple of `config.downscale`.
         """
-        height, width = x.shape[-2:]
-        factor = self.config.downscale
-        if height % factor or width % factor:
-            raise ValueError(
-                f"picture of {height}×{width} pixels, but this autoencoder needs "
-                f"multiples of {factor}; resize or crop it"
-            )
+        check_size(x, self.config.downscale)
         parameters = self.encoder(x)
         if self.config.use_quant_conv:
             parameters = self.quant_conv(parameters)
@@ -326,7 +342,4 @@ class AutoencoderKL(Pretrained, nn.Module):
         distribution = self.encode(x)
         return self.decode(distribution.sample(generator)), distribution
 
-    @staticmethod
-    def rename_on_load(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Accept the attention's old names."""
-        return rename_old_attention(state)
+    rename_on_load = staticmethod(rename_old_attention)
