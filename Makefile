@@ -5,8 +5,7 @@ CHAPTERS ?=
 BIN = .venv/bin
 
 # The tests run one kernel at a time; more threads than cores would slow it down.
-OMP_NUM_THREADS ?= 2
-export OMP_NUM_THREADS
+test execute: export OMP_NUM_THREADS ?= 2
 
 .PHONY: help sample test book export execute lint bench
 

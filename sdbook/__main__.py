@@ -1,6 +1,7 @@
 """The command line: `sdbook sample`, `train`, `train-vae`, `train-clip`, `evaluate`."""
 
 import json
+import re
 import shlex
 import sys
 import warnings
@@ -165,6 +166,7 @@ def evaluate(
     """
     from sdbook import evaluation
 
+    Path(output_dir).mkdir(parents=True, exist_ok=True)  # or fail before the work
     pipe = load(checkpoint_path, device, dtype)
     settings = {
         "num_prompts": num_prompts,
@@ -243,14 +245,23 @@ def main(arguments: list[str] | None = None):
         except ArgumentError as error:
             sys.exit(fail(command, f"error: {error}; see sdbook {command} --help"))
         except (ValueError, OSError) as error:
-            sys.exit(fail(command, f"error: {error}"))
+            sys.exit(fail(command, f"error: {reason_of(error)}"))
         except KeyboardInterrupt:
             sys.exit(fail(command, "stopped", 130))
 
 
+def reason_of(error: Exception) -> str:
+    """An error's message; of one in a data worker, the end of its traceback."""
+    text = str(error).strip()
+    if text.startswith("Caught "):
+        text = text.splitlines()[-1].split(": ", 1)[-1]
+    return text
+
+
 def fail(command: str, message: str, status: int = 2) -> int:
     """Say what went wrong in one line; returns the exit status."""
-    print(f"sdbook {command}:", *message.split(), file=sys.stderr)
+    text = re.sub(r"\s*\n\s*", " ", message.strip())
+    print(f"sdbook {command}: {text}", file=sys.stderr)
     return status
 
 

@@ -332,9 +332,10 @@ def markdown_table(table: dict[str, dict[str, int | float]]) -> str:
 
 
 def labelled_grid(
-    images: list[Image.Image], labels: list[str], columns: int = 4, scale: int = 3
+    images: list[Image.Image], labels: list[str], columns: int = 4
 ) -> Image.Image:
-    """One picture of many, each enlarged, its label below it."""
+    """One picture of many, small ones enlarged, each with its label below it."""
+    scale = max(1, 192 // images[0].width)
     side, font = images[0].width * scale, ImageFont.load_default(13)
     wrapped = [textwrap.fill(label, side // 7) for label in labels]
     margin = 8 + 16 * max(text.count("\n") + 1 for text in wrapped)

@@ -5,6 +5,7 @@ Generated from chapters/09_sampling.ipynb; do not edit.
 
 import importlib.resources
 import inspect
+import math
 import os
 import random
 import warnings
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .clip import CLIPTextModel, Tokenizer
+from .clip import CLIPTextConfig, CLIPTextModel, Tokenizer
 from .schedulers import (
     DDIMScheduler,
     Scheduler,
@@ -40,6 +41,7 @@ __all__ = [
     "OUTPUT_TYPES",
     "to_pictures",
     "Pictures",
+    "check_tokenizer",
     "Components",
     "load_scheduler",
     "StoredPipeline",
@@ -166,6 +168,17 @@ class Pictures:
     seeds: list[int]
 
 
+def check_tokenizer(tokenizer: Tokenizer, config: CLIPTextConfig) -> None:
+    """Raise ValueError for a tokenizer with more tokens or places than the model."""
+    places = config.max_position_embeddings
+    if len(tokenizer) > config.vocab_size or tokenizer.max_length > places:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and rows of "
+            f"{tokenizer.max_length}, but the text encoder knows {config.vocab_size} "
+            f"tokens and {places} places; use the tokenizer it was trained with"
+        )
+
+
 class Components:
     """The parts of a pipeline, and where they are."""
 
@@ -190,6 +203,7 @@ class Components:
                     f"the UNet's {name} is {wanted} but {other} is {given}; "
                     "these parts were not trained together"
                 )
+        check_tokenizer(tokenizer, text_encoder.config)
 
     @property
     def scheduler(self) -> Scheduler:
@@ -311,6 +325,11 @@ class SamplingSteps(StoredPipeline):
         check_choice("output_type", output_type, OUTPUT_TYPES)
         if output_type == "latent":
             return latents
+        if not latents.isfinite().all():
+            raise ValueError(
+                f"the latents are not finite: the UNet overflowed in {self.dtype}; "
+                "use float32 or bfloat16"
+            )
         dtype = next(self.vae.parameters()).dtype
         z = latents.to(self.device) / self.vae.config.scaling_factor
         pixels = self.vae.decode(z.to(dtype))
@@ -369,17 +388,21 @@ def prepare_seeds(seed: int | list[int] | None, count: int) -> list[int]:
     """One seed for each picture: seed, seed + 1, … or the list that was given."""
     if seed is None:
         seed = random.SystemRandom().randrange(2**31)
-    if isinstance(seed, int):
-        return [seed + k for k in range(count)]
-    if len(seed) != count:
+    one_each = isinstance(seed, list | tuple)
+    seeds = [int(one) for one in seed] if one_each else range(seed, seed + count)
+    if len(seeds) != count:
         raise ValueError(
-            f"{len(seed)} seeds for {count} pictures; pass one seed, or one for each"
+            f"{len(seeds)} seeds for {count} pictures; pass one seed, or one for each"
         )
-    return [int(one) for one in seed]
+    if not all(-(2**63) <= one < 2**64 for one in seeds):
+        raise ValueError(f"seed={seed}: expected a number of at most 64 bits")
+    return list(seeds)
 
 
 def prepare_guidance(scale: int | float, negatives: list[str]) -> bool:
     """Whether to guide at all; warns where an argument will have no effect."""
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance_scale={scale}: expected a number such as 3")
     if scale < 1:
         warnings.warn(
             f"guidance_scale={scale} is treated as 1 (no guidance), as in diffusers; "

@@ -53,6 +53,7 @@ __all__ = [
     "EMA",
     "save_checkpoint",
     "load_checkpoint",
+    "step_of",
     "Log",
     "make_accelerator",
     "descend",
@@ -74,6 +75,7 @@ __all__ = [
     "CLIPTrainingConfig",
     "captions_of",
     "new_text_encoder",
+    "Tokenize",
     "start_apart",
     "train_clip",
     "fingerprint",
@@ -95,11 +97,12 @@ __all__ = [
 
 def check_run(config) -> None:
     """Raise ValueError for settings of a run that cannot be meant."""
-    for name in ("batch_size", "max_steps", "num_pictures", "image_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; give at least 1")
-    for name in ("log_every", "checkpoint_every"):
-        if getattr(config, name) < 1:
+    at_least_one = (
+        "batch_size max_steps num_pictures image_size log_every checkpoint_every "
+        "layers_per_block norm_num_groups num_heads num_attention_heads hidden_size"
+    )
+    for name in at_least_one.split():
+        if getattr(config, name, 1) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; give at least 1")
     for name in ("warmup_steps", "num_workers", "weight_decay"):
         if getattr(config, name) < 0:
@@ -352,6 +355,14 @@ def load_checkpoint(path, module, ema, optimiser) -> int:
     return step
 
 
+def step_of(line: str) -> int:
+    """The step of a line of the log; -1 for one that was cut off by a power cut."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return -1
+
+
 class Log:
     """Means of what was measured in the last steps, as lines of a JSON file.
 
@@ -369,7 +380,7 @@ class Log:
         """Remove the lines of steps that will be made again."""
         path = self.path
         lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= first]
+        kept = [line for line in lines if -1 < step_of(line) <= first]
         text = "".join(line + "\n" for line in kept)
         write_atomically(path, lambda file: file.write_text(text))
 
@@ -749,6 +760,18 @@ def new_text_encoder(config: CLIPTrainingConfig, tokenizer) -> CLIPTextModel:
     )
 
 
+class Tokenize:
+    """Collation for CLIP: pictures in one tensor, captions as rows of token ids."""
+
+    def __init__(self, tokenizer: Tokenizer, twins: bool):
+        self.tokenizer, self.twins = tokenizer, twins
+
+    def __call__(self, items):
+        pairs = [pair for item in items for pair in item] if self.twins else items
+        pixels, captions = zip(*pairs, strict=True)
+        return torch.stack(pixels), self.tokenizer(list(captions))
+
+
 def start_apart(clip: CLIP) -> None:
     """Let words differ more, and their fit count less, than in CLIP's own start."""
     embeddings = clip.text_encoder.embeddings
@@ -771,11 +794,6 @@ def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel:
     clip = CLIP(text_encoder, config.image_size, projection_dim=config.hidden_size)
     start_apart(clip)
 
-    def collate(items):
-        pairs = [pair for item in items for pair in item] if twins else items
-        pixels, captions = zip(*pairs, strict=True)
-        return torch.stack(pixels), tokenizer(list(captions))
-
     def loss_of(module, batch, generator):
         pixels, ids = (part.to(generator.device) for part in batch)
         same = (ids[:, None] == ids[None]).all(-1)
@@ -783,7 +801,7 @@ def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel:
         right = same.gather(1, logits.argmax(1, keepdim=True)).float().mean()
         return contrastive_loss(logits, same), {"accuracy": right}
 
-    data = Twins(dataset) if twins else dataset
+    data, collate = Twins(dataset) if twins else dataset, Tokenize(tokenizer, twins)
     clip = optimise(config, clip, data, loss_of, collate=collate).eval()
     if is_main_process():
         clip.text_encoder.save_pretrained(Path(config.output_dir) / "text_encoder")

@@ -1,11 +1,10 @@
-"""The autoencoder
+"""Weights and configs: reading, writing, loading strictly.
 
 Generated from chapters/05_vae.ipynb; do not edit.
 """
 
 import json
 import os
-import pickle
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -121,10 +120,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"{path} is not a whole safetensors file ({error}); it was cut short or "
             "is another kind of file: copy or download it again"
         ) from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a torn pickle raises a dozen kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WeightsError(
-            f"{path} could not be opened as a file of tensors "
-            f"({str(error).splitlines()[0]}); use the .safetensors version of it"
+            f"{path} could not be opened as a file of tensors ({reason}); it may be "
+            "cut short: copy it again, or use the .safetensors version of it"
         ) from error
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(loaded, dict):
@@ -163,7 +165,7 @@ def load_strictly(
         ],
     }
     problems = [
-        f"{len(keys)} {name} ({', '.join(keys[:5])}{', …' if len(keys) > 5 else ''})"
+        f"{len(keys)} {name} ({', '.join(keys[:20])}{', …' * (len(keys) > 20)})"
         for name, keys in found.items()
         if keys
     ]

@@ -1,5 +1,9 @@
 """What several test files need: how far off a result is, and a small pipeline."""
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import torch
 
 from sdbook.clip import CLIPTextConfig, CLIPTextModel, Tokenizer
@@ -8,13 +12,23 @@ from sdbook.schedulers import make_scheduler
 from sdbook.unet import UNet, UNetConfig
 from sdbook.vae import AutoencoderKL, VAEConfig
 
+ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["a red star above a blue house", "two green fish", "a boat and a moon"] * 4
+
+
+def load_tool(name):
+    """A script of tools/ as a module."""
+    path = ROOT / "tools" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    tool = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
 
 
 def relative_error(ours, reference):
     """The largest difference, as a share of the largest reference value."""
     assert ours.shape == reference.shape
-    return ((ours - reference).abs().max() / reference.abs().max()).item()
+    return float(abs(ours - reference).max() / abs(reference).max())
 
 
 def randomise(module):

@@ -83,13 +83,15 @@ def browser():
         pytest.fail("the pages were not tested: pip install playwright")
     wanted = [os.environ.get("CHROMIUM", ""), *BROWSERS]
     found = next(filter(None, (shutil.which(name) for name in wanted if name)), None)
-    if found is None:
-        pytest.fail(
-            "the pages were not tested, for there is no browser: install the package "
-            "chromium (Debian, Fedora), chromium-browser (Ubuntu) or Google Chrome, "
-            "or name one in the variable CHROMIUM"
-        )
     with sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+        found = found or (own if Path(own).exists() else None)
+        if found is None:
+            pytest.fail(
+                "the pages were not tested, for there is no browser: install chromium "
+                "or Google Chrome, run `.venv/bin/playwright install chromium`, or "
+                "name one in the variable CHROMIUM"
+            )
         chromium = playwright.chromium.launch(executable_path=found, args=QUIET)
         yield chromium
         chromium.close()

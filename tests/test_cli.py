@@ -17,6 +17,7 @@ from PIL import Image
 
 import sdbook
 from sdbook.__main__ import COMMANDS, gather_prompts, main
+from sdbook.data import Scenes, write_folder
 from sdbook.training import (
     CLIPTrainingConfig,
     TrainingConfig,
@@ -299,6 +300,8 @@ def test_a_config_that_is_not_there_or_not_yaml(tmp_path, capsys):
     [
         ("scenes-vae", "train-vae", VAETrainingConfig),
         ("scenes-clip", "train-clip", CLIPTrainingConfig),
+        ("scenes-singles-cpu", "train", TrainingConfig),
+        ("scenes-singles-gpu", "train", TrainingConfig),
         ("scenes-unet-cpu", "train", TrainingConfig),
         ("scenes-unet-gpu", "train", TrainingConfig),
         ("folder", "train", TrainingConfig),
@@ -318,6 +321,21 @@ def test_every_shipped_config_is_tested():
 
 
 # ---- bad input: an error of one line, or a warning and a picture ----
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_with_a_broken_picture_or_caption(tmp_path, capsys, workers):
+    folder = tmp_path / "pictures"
+    write_folder(Scenes(64), folder, 3)
+    flags = ["train-vae", "--dataset_path", folder, "--output_dir", tmp_path / "run"]
+    flags += ["--batch_size", 3, "--max_steps", 1, "--num_workers", workers]
+    for name, data, words in (
+        ("images/00001.png", b"no picture", ("00001.png", "mend or remove")),
+        ("captions/00001.txt", "grün".encode("latin-1"), ("00001.txt:1", "iconv")),
+    ):
+        (folder / name).write_bytes(data)
+        said = refused(capsys, flags)
+        assert all(word in said for word in words), said
 
 
 def bad_sample(model, *flags, prompt="a star"):

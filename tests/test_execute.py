@@ -1,21 +1,17 @@
 """tools/execute.py: outputs that stay the same, and what it refuses to store."""
 
 import base64
-import importlib.util
 import io
 import json
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+from helpers import load_tool
 from PIL import Image, PngImagePlugin
 
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("execute", ROOT / "tools" / "execute.py")
-execute = importlib.util.module_from_spec(spec)
-sys.modules["execute"] = execute
-spec.loader.exec_module(execute)
+execute = load_tool("execute")
 
 # One cell for each thing that differs from run to run.
 RESTLESS = {
@@ -25,6 +21,7 @@ RESTLESS = {
         "for _ in tqdm(range(3)): pass\nfor _ in auto(range(3)): pass\n"
         "print('and a warning', file=sys.stderr)"
     ),
+    "path": "import sdbook\nprint(sdbook.__file__)",
     "warning": "import warnings\nwarnings.warn('take care')",
     "widget": "import ipywidgets\nipywidgets.VBox([ipywidgets.Label('x')])",
     "timing": "%time 1 + 1",
@@ -206,3 +203,14 @@ def test_files_that_are_no_chapters(tmp_path, capsys, text, expected):
         path.write_text(text)
     assert execute.main([str(path)]) == 1
     assert f"01_x.ipynb: {expected}" in capsys.readouterr().err
+
+
+CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_stored_chapters_are_normal_and_small(path):
+    notebook = execute.read(path)
+    execute.normalise(notebook)
+    execute.check_sizes(notebook)
+    assert execute.to_text(notebook) == path.read_text("utf-8"), "run `make execute`"

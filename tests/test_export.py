@@ -1,18 +1,15 @@
 """tools/export.py: what it writes, and everything that it refuses."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import load_tool
 
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("export", ROOT / "tools" / "export.py")
-export = importlib.util.module_from_spec(spec)
-sys.modules["export"] = export
-spec.loader.exec_module(export)
+export = load_tool("export")
 
 TITLE = "# Attention\n\nWho looks at whom."
 DEFAULT = "#| default_exp attention"

@@ -1,6 +1,7 @@
 """The pipeline against diffusers', and every way to call it wrongly."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -10,9 +11,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers import small_pipeline
+from helpers import WORDS, relative_error, small_pipeline
 from PIL import Image
 
+from sdbook.clip import Tokenizer
 from sdbook.pipeline import (
     StableDiffusion,
     find_model,
@@ -62,37 +64,34 @@ def draw(pipe, prompt="a red star", n=2, **options):
     return pipe(prompt, num_inference_steps=n, **options).images
 
 
-def relative(a, b):
-    return float(np.abs(a - b).max() / np.abs(b).max())
-
-
 # ---- equal to diffusers ----
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
 @pytest.mark.parametrize("size", [(16, 16), (16, 24)])
-@pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_pictures_after_20_steps_equal_diffusers(pipe, reference, name, size, scale):
+@pytest.mark.parametrize("scale, count", [(1.0, 2), (4.0, 1), (4.0, 3)])
+def test_pictures_after_20_steps_equal_diffusers(
+    pipe, reference, name, size, scale, count
+):
     pipe.scheduler = name
     kind = {"ddim": diffusers.DDIMScheduler, "ddpm": diffusers.DDPMScheduler}[name]
     reference.scheduler = kind.from_config(reference.scheduler.config)
     options = dict(
         height=size[0], width=size[1], num_inference_steps=20, guidance_scale=scale
     )
-    prompts, negatives = ["a red star", "two green fish"], ["", ""]
-    if scale > 1:
-        negatives = ["blue", "a house"]
+    prompts = ["a red star", "two green fish", "a boat"][:count]
+    negatives = (["blue", "a house", ""] if scale > 1 else [""] * 3)[:count]
     ours = pipe(
         prompts, negatives, seed=3, output_type="np", progress=False, **options
     ).images
     theirs = reference(
         prompts,
         negative_prompt=negatives,
-        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
+        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4, 5)[:count]],
         output_type="np",
         **options,
     ).images
-    assert relative(ours, theirs) < 1e-4
+    assert relative_error(ours, theirs) < 1e-4
 
 
 def test_eta_and_latents_equal_diffusers(pipe, reference):
@@ -110,24 +109,25 @@ def test_eta_and_latents_equal_diffusers(pipe, reference):
         generator=torch.Generator().manual_seed(5),
         **options,
     ).images
-    assert relative(ours, theirs) < 1e-4
+    assert relative_error(ours, theirs) < 1e-4
 
 
-def test_three_level_unet_equals_diffusers(tmp_path):
-    pipe = small_pipeline((16, 24, 32), seed=1)
+@pytest.mark.parametrize(
+    "channels, vae_channels",
+    [((32,), (16,)), ((16, 24, 32), (16, 32)), ((16, 16, 24, 32), (8, 16, 24))],
+    ids=["one level", "three", "four"],
+)
+def test_other_depths_equal_diffusers(channels, vae_channels, tmp_path):
+    pipe = small_pipeline(channels, vae_channels, image_size=32, seed=1)
     pipe.save_pretrained(tmp_path)
     reference = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
     reference.set_progress_bar_config(disable=True)
-    options = dict(num_inference_steps=3, guidance_scale=3.0, output_type="np")
-    ours = pipe("two fish", height=24, seed=1, progress=False, **options).images
-    theirs = reference(
-        "two fish",
-        height=24,
-        width=16,
-        generator=torch.Generator().manual_seed(1),
-        **options,
-    ).images
-    assert relative(ours, theirs) < 1e-4
+    options = dict(height=32, width=64, num_inference_steps=20, output_type="np")
+    options["guidance_scale"] = 3.0
+    ours = pipe("two fish", seed=1, progress=False, **options).images
+    generator = torch.Generator().manual_seed(1)
+    theirs = reference("two fish", generator=generator, **options).images
+    assert relative_error(ours, theirs) < 1e-4
 
 
 # ---- files, both ways ----
@@ -351,6 +351,9 @@ def test_number_of_steps(pipe, steps):
         (dict(num_images_per_prompt=0), "num_images_per_prompt=0"),
         (dict(output_type="png"), "output_type='png': choose one of pil, np, pt, lat"),
         (dict(seed=[1, 2]), "2 seeds for 1 pictures"),
+        (dict(seed=2**64), "seed=18446744073709551616: expected .* 64 bits"),
+        (dict(guidance_scale=math.nan), "guidance_scale=nan: expected a number"),
+        (dict(guidance_scale=math.inf), "guidance_scale=inf: expected a number"),
         (dict(eta=2.0), "eta=2.0: expected 0"),
         (
             dict(prompt=["a"] * 3, latents=torch.zeros(2, 4, 8, 8)),
@@ -447,6 +450,17 @@ def test_truncated_weights_are_named(folder, tmp_path, part, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=path.name):
         StableDiffusion.from_pretrained(broken)
+
+
+def test_a_tokenizer_of_another_model_is_refused(pipe):
+    longer = Tokenizer.train(WORDS, vocab_size=560, max_length=77)
+    with pytest.raises(ValueError, match="rows of 77, .* 16 places; use the tokenizer"):
+        StableDiffusion(pipe.vae, pipe.text_encoder, longer, pipe.unet, pipe.scheduler)
+
+
+def test_latents_that_overflowed_are_not_drawn(pipe):
+    with pytest.raises(ValueError, match="not finite: the UNet overflowed in torch.fl"):
+        pipe.decode(torch.full((1, 4, 8, 8), torch.nan))
 
 
 def test_weights_of_another_model_list_the_keys(folder, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import load_tool
 from torch import nn
 
 from sdbook import training
@@ -274,6 +275,8 @@ def test_the_average_by_hand():
 def test_the_log_keeps_what_came_before_the_checkpoint(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text("".join(f'{{"step": {s}}}\n' for s in (10, 20, 30)))
+    with path.open("a") as file:
+        file.write('{"step": 4')  # the power went
     log = Log(path, 20)
     log.add({"loss": 1.0, "odd": float("nan")})
     log.add({"loss": torch.tensor(2.0), "odd": 1.0})
@@ -417,6 +420,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     "options, message",
     [
         ({"batch_size": 0}, "batch_size is 0; give at least 1"),
+        ({"num_heads": 0}, "num_heads is 0; give at least 1"),
         ({"max_steps": -1}, "max_steps is -1"),
         ({"log_every": 0}, "log_every is 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0; give more than 0"),
@@ -693,16 +697,6 @@ def test_two_processes_get_the_weights_of_one(unet_config, frozen):
 # The script that trains what ships
 
 
-def load_tool():
-    import importlib.util
-
-    path = ROOT / "tools" / "train_scenes.py"
-    spec = importlib.util.spec_from_file_location("train_scenes", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
-
-
 def lists(options):
     """Tuples as lists, which YAML and flags know."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
@@ -725,7 +719,7 @@ def test_the_script_trains_ships_and_scores(tmp_path, gpu, capsys):
     write_toy_configs(tmp_path / "configs")
     places = [f"--{k}={tmp_path / k}" for k in ("runs", "data", "configs")]
     arguments = [*gpu, *places, "--num_prompts=1", "--", "--max_steps=2"]
-    tool = load_tool()
+    tool = load_tool("train_scenes")
     tool.main(arguments)
     runs = tmp_path / "data" / "runs"
     for name in ("vae", "clip", "singles", "unet"):
@@ -739,17 +733,3 @@ def test_the_script_trains_ships_and_scores(tmp_path, gpu, capsys):
         tool.main(arguments)
         again = StableDiffusion.from_pretrained(tmp_path / "data" / "models" / "scenes")
         assert same(dict(before), dict(again.unet.state_dict()))
-
-
-def test_shipped_configs_are_readable():
-    import yaml
-
-    kinds = {"vae": VAETrainingConfig, "clip": CLIPTrainingConfig}
-    files = sorted((ROOT / "sdbook" / "configs").glob("scenes-*.yaml"))
-    assert len(files) == 6
-    for file in files:
-        kind = kinds.get(file.stem.split("-")[1], TrainingConfig)
-        options = yaml.safe_load(file.read_text())
-        for name, value in options.items():
-            options[name] = tuple(value) if isinstance(value, list) else value
-        kind(**options)

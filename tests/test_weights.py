@@ -193,3 +193,11 @@ def test_failed_write_leaves_the_old_file(folder, monkeypatch):
         Tiny().save_pretrained(folder)
     assert (folder / Tiny.weights_name).read_bytes() == before
     assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02", b"\x80\x02X\x05", b"\x80\x02K"])
+def test_torn_pickles_are_named(folder, content):
+    (folder / Tiny.weights_name).unlink()
+    (folder / "diffusion_pytorch_model.bin").write_bytes(content)
+    with pytest.raises(WeightsError, match="could not be opened .*safetensors version"):
+        Tiny.from_pretrained(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import load_tool
 
 try:
     import tomllib
@@ -153,8 +154,53 @@ def test_the_workflows_are_yaml_and_call_what_exists():
         path = ROOT / ".github" / "workflows" / f"{name}.yml"
         jobs = yaml.safe_load(path.read_text())["jobs"]
         assert all("steps" in job for job in jobs.values())
+    folder = ROOT / ".github" / "workflows"
+    for name, call in (("tests", ".ci/run"), ("book", "make book")):
+        (job,) = yaml.safe_load((folder / f"{name}.yml").read_text())["jobs"].values()
+        assert any(call in step.get("run", "") for step in job["steps"])
+    uploads = [s for s in job["steps"] if "upload-pages" in s.get("uses", "")]
+    assert uploads[0]["with"]["path"] == "_build/html"
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
     assert subprocess.run(["sh", "-n", str(ROOT / ".ci" / "run")]).returncode == 0
+
+
+def test_the_readme_names_what_exists():
+    from dataclasses import fields
+    from inspect import signature
+
+    from sdbook import __main__ as cli
+    from sdbook import training
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (ROOT / link).exists(), link
+    chapters = {path.name for path in (ROOT / "chapters").glob("*.ipynb")}
+    assert chapters <= set(re.findall(r"chapters/([\w.]+)", text))
+    known = {*signature(cli.sample).parameters, "config", "print_config"}
+    for kind in ("", "VAE", "CLIP"):
+        known |= {f.name for f in fields(getattr(training, f"{kind}TrainingConfig"))}
+    makefile = (ROOT / "Makefile").read_text().split("\nsample:")[1].split("\n\n")[0]
+    assert set(re.findall(r"--(\w+)", text + makefile)) <= known
+
+
+def test_bench_prints_its_table(monkeypatch, capsys):
+    bench = load_tool("bench")
+    monkeypatch.setattr(bench, "import_time", lambda: 0.1)
+    monkeypatch.setattr(bench, "shipped_pipeline", lambda: None)
+    assert bench.main(["--rounds", "1"]) == 0
+    said = capsys.readouterr().out
+    assert all(w in said for w in ("pictures/s", "training step", "decode", "ratio"))
+
+
+def test_shapes_are_checked_while_the_tests_run():
+    import jaxtyping
+    import torch
+
+    from sdbook.resblocks import Downsample
+
+    with pytest.raises(jaxtyping.TypeCheckError):
+        Downsample(4)(torch.zeros(4, 8, 8))
 
 
 # Imports ----------------------------------------------------------------------
@@ -209,7 +255,7 @@ def test_imports_point_down(module):
     assert module in FLOORS, f"say on which floor sdbook/{module}.py stands"
     for other in imported(module):
         if other in FLOORS:
-            assert FLOORS[other] <= FLOORS[module], f"{module} imports {other}"
+            assert FLOORS[other] < FLOORS[module], f"{module} imports {other}"
 
 
 def test_no_imports_go_in_circles():
@@ -236,6 +282,7 @@ def test_no_path_of_the_authors_machine():
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
     ).stdout.split("\n")
+    assert "README.md" in tracked
     suffixes = {".py", ".ipynb", ".md", ".toml", ".yml", ".yaml", ".json", ".txt"}
     for name in filter(lambda name: Path(name).suffix in suffixes, tracked):
         path = ROOT / name

@@ -194,7 +194,8 @@ def tidy_text(text: str) -> str:
     text = KERNEL_FILE.sub("cell", text)
     text = SITE_PACKAGES.sub("site-packages/", text)
     text = text.replace(str(ROOT) + os.sep, "").replace(str(ROOT), ".")
-    text = text.replace(str(Path.home()) + os.sep, "~" + os.sep)
+    if len(Path.home().parts) > 1:
+        text = text.replace(str(Path.home()) + os.sep, "~" + os.sep)
     return ADDRESS.sub("0x…", text)
 
 

@@ -12,6 +12,7 @@ typed; further arguments after -- go to all three trainings.
 """
 
 import argparse
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = options.data / "models" / "scenes"
     ship(pipeline, model)
     sdbook(
-        "evaluate", "--checkpoint_path", str(model),
+        "evaluate", "--checkpoint_path", os.path.relpath(model),
         "--output_dir", str(options.data / "runs" / "evaluation"),
         "--num_prompts", str(options.num_prompts),
         "--guidance_scale", str(options.guidance_scale),
