@@ -477,8 +477,8 @@ def optimise(
     wrapped = torch.compile(module) if config.compile else module
     wrapped, optimiser = accelerator.prepare(wrapped, optimiser)
     loader = step_loader(config, dataset, first, accelerator, collate)
-    bar = tqdm(total=config.max_steps, initial=first, disable=not main)
-    for step, batch in enumerate(loader, start=first):
+    bar = tqdm(loader, initial=first, total=config.max_steps, disable=not main)
+    for step, batch in enumerate(bar, start=first):
         set_learning_rate(optimiser, config, step)
         generator = step_generator(config.seed, step, device=device)
         with accelerator.autocast():
@@ -494,10 +494,8 @@ def optimise(
                 ema.update(module, step)
         if main:
             report(config, log, step, validate, ema.shadow if ema else module)
-            bar.update()
         if main and is_due(step + 1, config.checkpoint_every, config):
             save_checkpoint(checkpoint, module, ema, optimiser, step + 1)
-    bar.close()
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     accelerator.end_training()
     return ema.shadow if ema else module
