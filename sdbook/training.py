@@ -213,17 +213,21 @@ def step_generator(seed: int, step: int, rank: int = 0, device="cpu"):
     return torch.Generator(device).manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
-def min_snr_weights(scheduler, gamma: int | float) -> Float[Tensor, "timesteps"]:
+def min_snr_weights(
+    scheduler, gamma: int | float, power: float = 1.0
+) -> Float[Tensor, "timesteps"]:
     """What an error at each timestep is worth (Hang et al., 2023); gamma 0: all 1.
 
-    It makes the weight of an error in x0 min(SNR, gamma), whatever is predicted.
+    It makes the weight of an error in x0 min(SNR, gamma), whatever is predicted; a
+    `power` below 1 evens these weights out, in favour of noisy timesteps.
     """
     snr = scheduler.snr(torch.arange(scheduler.num_train_timesteps))
     ones = torch.ones_like(snr)
     if not gamma:
         return ones
     error_in_x0 = {"epsilon": snr, "v_prediction": snr + 1, "sample": ones}
-    return snr.clamp(max=gamma) / error_in_x0[scheduler.config.prediction_type]
+    worth = snr.clamp(max=gamma) ** power
+    return worth / error_in_x0[scheduler.config.prediction_type]
 
 
 class DiffusionLoss:
@@ -236,11 +240,13 @@ class DiffusionLoss:
     """
 
     def __init__(
-        self, scheduler, scale, empty, caption_dropout=0.0, snr_gamma=0.0, share=(0, 1)
-    ):
+        self, scheduler, scale, empty, caption_dropout=0.0, snr_gamma=0.0,
+        snr_power=1.0, share=(0, 1),
+    ):  # fmt: skip
         self.scheduler, self.scale, self.empty = scheduler, scale, empty
         self.caption_dropout, self.share = caption_dropout, share
-        self.weights = min_snr_weights(scheduler, snr_gamma).to(empty.device)
+        weights = min_snr_weights(scheduler, snr_gamma, snr_power)
+        self.weights = weights.to(empty.device)
 
     def draw(self, moments: Float[Tensor, "b c2 h w"], generator: torch.Generator):
         """All that chance decides: x0, noise, timesteps, whose caption is dropped.
@@ -927,6 +933,7 @@ class TrainingConfig(RunConfig):
         prediction_type: "epsilon", "v_prediction" or "sample".
         caption_dropout: share of captions replaced by "" (for guidance).
         snr_gamma: min-SNR weighting (Hang et al., 2023); 0 for none.
+        snr_power: on these weights; below 1, noisy timesteps (the layout) count more.
     """
 
     output_dir: str = "runs/unet"
@@ -945,6 +952,7 @@ class TrainingConfig(RunConfig):
     prediction_type: str = "epsilon"
     caption_dropout: float = 0.1
     snr_gamma: float = 5.0
+    snr_power: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -960,6 +968,8 @@ def check_unet_choices(config) -> None:
         )
     if config.snr_gamma < 0:
         raise ValueError(f"snr_gamma is {config.snr_gamma}; give 0 (none) or more")
+    if not 0 <= config.snr_power <= 1:
+        raise ValueError(f"snr_power is {config.snr_power}; give a number from 0 to 1")
     levels = len(config.unet_channels)
     if any(not 0 <= level < levels for level in config.attention_levels):
         raise ValueError(
@@ -1085,6 +1095,7 @@ def train(config: TrainingConfig) -> StableDiffusion:
         torch.tensor(encoded.texts[0]).float().to(accelerator.device),
         config.caption_dropout,
         config.snr_gamma,
+        config.snr_power,
         (accelerator.process_index, accelerator.num_processes),
     )
     unet = optimise(config, unet, encoded, loss, collate=as_it_is)

@@ -118,9 +118,10 @@ def test_min_snr_weights_by_hand(kind):
     assert torch.equal(min_snr_weights(scheduler, 0.0), torch.ones(1000))
 
 
+@pytest.mark.parametrize("power", [1.0, 0.5])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_the_weighted_error_is_one_in_x0_with_capped_weight(kind):
-    """Whatever the network predicts, an error in x0 counts min(SNR, gamma)."""
+def test_the_weighted_error_is_one_in_x0_with_capped_weight(kind, power):
+    """Whatever the network predicts, an error in x0 counts min(SNR, gamma)^power."""
     scheduler = DDIMScheduler(
         prediction_type=kind, clip_sample=False, **STABLE_DIFFUSION
     )
@@ -133,8 +134,9 @@ def test_the_weighted_error_is_one_in_x0_with_capped_weight(kind):
         error, error_x0 = ((a - b).square().mean() for a, b in
                            ((answer, target), (guess, x0)))  # fmt: skip
         snr = scheduler.snr(t)
-        weight = min_snr_weights(scheduler, 5.0)[t]
-        assert weight * error / error_x0 == pytest.approx(min(float(snr), 5), rel=1e-3)
+        weight = min_snr_weights(scheduler, 5.0, power)[t]
+        worth = min(float(snr), 5) ** power
+        assert weight * error / error_x0 == pytest.approx(worth, rel=1e-3)
 
 
 def fake_unet(answer=0.0):
@@ -431,6 +433,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         ({"prediction_type": "noise"}, "prediction_type='noise'"),
         ({"caption_dropout": 1.5}, "caption_dropout is 1.5"),
         ({"snr_gamma": -1.0}, "snr_gamma is -1.0"),
+        ({"snr_power": 1.5}, "snr_power is 1.5; give a number from 0 to 1"),
         ({"attention_levels": (3,)}, "attention_levels .* give numbers from 0 to 2"),
         ({"unet_channels": (24, 32)}, "do not split into norm_num_groups 16"),
         ({"unet_channels": (16, 32), "num_heads": 3}, "do not split into num_heads 3"),
