@@ -485,7 +485,7 @@ class StableDiffusion(SizedPipeline):
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 25,
-        guidance_scale: int | float = 5.0,
+        guidance_scale: int | float = 3.0,
         num_images_per_prompt: int = 1,
         seed: int | list[int] | None = 0,
         latents: Float[Tensor, "b c h w"] | None = None,
