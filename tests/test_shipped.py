@@ -44,7 +44,9 @@ def test_every_file_of_it_is_in_git():
 
 
 def test_diffusers_draws_the_same_with_it(pipe):
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(MODEL)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(
+        MODEL, torch_dtype=torch.float32
+    )
     theirs.set_progress_bar_config(disable=True)
     options = dict(num_inference_steps=20, guidance_scale=3.0, output_type="np")
     ours = pipe("a red star", seed=1, progress=False, **options).images
