@@ -130,6 +130,10 @@ IN_THE_DARK = """() => [...document.querySelectorAll('figure.sdbook img')].map(i
   const card = getComputedStyle(i.closest('.output') || i.parentElement);
   return [own.filter, own.backgroundColor, card.backgroundColor]})"""
 
+INK = """() => [...new Set([...document.querySelectorAll(
+  '.bd-article :is(p, li, td, th, dt, dd, figcaption, strong, em)')].map(
+  e => getComputedStyle(e).color))]"""
+
 
 @pytest.fixture(scope="session")
 def facts(site, open_page):
@@ -143,6 +147,8 @@ def facts(site, open_page):
         page.emulate_media(color_scheme="dark")
         page.wait_for_function("document.documentElement.dataset.theme == 'dark'")
         seen[path]["dark"] = page.evaluate(IN_THE_DARK)
+        page.wait_for_timeout(300)  # colours fade over
+        seen[path]["ink"] = page.evaluate(INK)
         page.set_viewport_size({"width": 390, "height": 844})
         width = "document.documentElement.scrollWidth"
         seen[path]["width on a phone"] = page.evaluate(width)
@@ -292,6 +298,13 @@ def test_a_dark_page_leaves_pictures_as_they_are(facts):
     for path, seen in facts.items():
         for look in seen["dark"]:
             assert look == ["none", clear, clear], path
+
+
+def test_text_on_a_dark_page_is_light(facts):
+    for path, seen in facts.items():
+        for ink in seen["ink"]:
+            red, green, blue = map(float, re.findall(r"[\d.]+", ink)[:3])
+            assert 0.3 * red + 0.59 * green + 0.11 * blue > 110, f"{path}: {ink}"
 
 
 def test_pages_fit_a_phone(facts):
