@@ -25,6 +25,7 @@ def load_tool(name):
     return tool
 
 
+@torch.no_grad()
 def relative_error(ours, reference):
     """The largest difference, as a share of the largest reference value."""
     assert ours.shape == reference.shape
