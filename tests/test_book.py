@@ -301,6 +301,7 @@ def test_a_dark_page_leaves_pictures_as_they_are(facts):
 
 
 def test_text_on_a_dark_page_is_light(facts):
+    assert all(facts[chapter_page(path)]["ink"] for path in CHAPTERS)
     for path, seen in facts.items():
         for ink in seen["ink"]:
             red, green, blue = map(float, re.findall(r"[\d.]+", ink)[:3])

@@ -2,8 +2,8 @@
 
 The UNet is trained twice: on scenes of one thing, then on all.
 
-    python tools/train_scenes.py                a computer without a GPU: hours
-    python tools/train_scenes.py --gpu          one GPU with bfloat16: half an hour
+    python tools/train_scenes.py                a computer without a GPU: two hours
+    python tools/train_scenes.py --gpu          one GPU with bfloat16, larger
 
 Started again, it goes on where it was stopped. Checkpoints and caches go to runs/.
 At the end data/models/scenes/ holds the model in float16, data/runs/ the recorded
