@@ -29,7 +29,10 @@ def pick_device(name: str) -> str:
     }
     if name == "auto":
         return next(kind for kind, usable in there.items() if usable)
-    if not there.get(name.split(":")[0]):
+    kind, _, number = name.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    fits = number.isdecimal() and int(number) < count if ":" in name else True
+    if not there.get(kind) or not fits:
         usable = ", ".join(kind for kind in there if there[kind])
         raise ValueError(f"device {name!r} cannot be used here; choose auto, {usable}")
     return name

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import fused_attention
+from .resblocks import ResBlock
 from .weights import Config, Pretrained, write_json
 
 __all__ = [
@@ -415,36 +416,42 @@ class CLIPTextModel(Pretrained, nn.Module):
 class ImageTower(nn.Module):
     """A small picture encoder for training: `(b, 3, H, W)` to one vector `(b, d)`.
 
-    Cells of 8×8 pixels exchange what they see in CLIP's own layers. `image_size` is
-    the side of the pictures, a multiple of 8.
+    Convolutions see cells of 8×8 pixels and their neighbours; then each cell writes
+    what it saw to its own place in one long row, so that where a thing stands is
+    not lost. `image_size` is the side of the pictures; it and `width` are multiples
+    of 8. Raises ValueError for others, and for pictures of another size.
     """
 
-    def __init__(self, image_size: int = 64, width: int = 128, num_layers: int = 2):
+    def __init__(self, image_size: int = 64, width: int = 128):
         super().__init__()
-        if image_size % 8:
-            raise ValueError(f"image_size={image_size} must be a multiple of 8")
+        if image_size % 8 or width % 8:
+            raise ValueError(
+                f"image_size={image_size} and width={width} must be multiples of 8"
+            )
+        self.image_size = image_size
         widths = (3, width // 4, width // 2, width)
         self.stem = nn.ModuleList(
             nn.Conv2d(before, after, 3, stride=2, padding=1)
             for before, after in zip(widths[:-1], widths[1:], strict=True)
         )
+        self.neighbours = ResBlock(width, num_groups=8)
+        self.say = nn.Conv2d(width, width // 4, 1)
         cells = (image_size // 8) ** 2
-        self.position_embedding = nn.Parameter(0.02 * torch.randn(cells, width))
-        config = CLIPTextConfig(
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=num_layers,
-            num_attention_heads=max(width // 32, 1),
-        )
-        self.encoder = CLIPEncoder(config)
+        self.row = nn.Linear(cells * width // 4, width)
         self.final_layer_norm = nn.LayerNorm(width)
 
     def forward(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        if pixels.shape[-2:] != (self.image_size, self.image_size):
+            size = "×".join(map(str, pixels.shape[-2:]))
+            raise ValueError(
+                f"pictures of {size}, but this tower was built for image_size="
+                f"{self.image_size}; resize them"
+            )
         x = self.stem[0](pixels)
         for conv in self.stem[1:]:
             x = conv(quick_gelu(x))
-        cells = rearrange(x, "b d h w -> b (h w) d") + self.position_embedding
-        return self.final_layer_norm(self.encoder(cells).mean(dim=1))
+        said = self.say(quick_gelu(self.neighbours(x)))
+        return self.final_layer_norm(self.row(said.flatten(1)))
 
 
 def contrastive_loss(

@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
+from .attention import TransformerBlock
 from .clip import CLIP, CLIPTextConfig, CLIPTextModel, Tokenizer, contrastive_loss
 from .data import (
     COLOURS,
     KINDS,
+    SHAPES,
+    SIZES,
     CaptionedImages,
     Crowds,
     Request,
@@ -32,7 +35,6 @@ from .data import (
     describe,
     draw,
     is_held_out,
-    say,
     to_pixels,
 )
 from .pipeline import StableDiffusion
@@ -70,7 +72,10 @@ __all__ = [
     "latent_spread",
     "open_dataset",
     "train_vae",
+    "OPPOSITES",
+    "decided",
     "exchange",
+    "say_alike",
     "Twins",
     "CLIPTrainingConfig",
     "captions_of",
@@ -81,14 +86,17 @@ __all__ = [
     "fingerprint",
     "data_fingerprint",
     "Encoded",
+    "encode_texts",
     "write_texts",
     "write_moments",
     "TrainingConfig",
     "check_unet_choices",
     "make_noise_schedule",
     "unet_config",
-    "new_unet",
     "open_frozen",
+    "whitening",
+    "start_white",
+    "new_unet",
     "encode_dataset",
     "as_it_is",
     "train",
@@ -667,33 +675,64 @@ def train_vae(config: VAETrainingConfig) -> AutoencoderKL:
     return vae
 
 
-def exchange(scene: Scene, rng: np.random.Generator) -> Request:
-    """A request nearly like a scene's: colours exchanged, or one thing other."""
-    colour = str(rng.choice(list(COLOURS)))
-    groups = [
+OPPOSITES = {"above": "below", "below": "above", "left": "right", "right": "left"}
+
+
+def decided(scene: Scene) -> Request:
+    """All that a scene shows, whether its caption says it or not."""
+    groups = tuple(
         replace(group, colour=thing.colour, size=thing.size)
         for group, thing in zip(
             scene.request.groups, (scene.things[0], scene.things[-1]), strict=False
         )
-    ]
-    relation = scene.request.relation
-    if len(groups) == 2 and rng.random() < 0.4:
-        a, b = groups
-        groups = [replace(a, colour=b.colour), replace(b, colour=a.colour)]
-    elif relation and rng.random() < 0.7:
-        groups.reverse()
-    elif len(groups) == 1 and rng.random() < 0.5:
-        groups[0] = replace(groups[0], count=1 + groups[0].count % 3)
+    )
+    return Request(groups, scene.request.relation, scene.background)
+
+
+def exchange(request: Request, rng: np.random.Generator) -> tuple[Request, str]:
+    """Change one point of a request; returns the new one and the point's name.
+
+    Two groups exchange their colours, sizes, counts or shapes, or one of them gets
+    another one. Groups in a relation change places in three cases out of four.
+    """
+
+    def another(options, than):
+        return rng.choice([option for option in options if option != than]).item()
+
+    options = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "count": (1, 2, 3)}
+    if request.relation and rng.random() < 0.75:
+        return replace(request, relation=OPPOSITES[request.relation]), "relation"
+    point = rng.choice(list(options)).item()
+    values = [getattr(group, point) for group in request.groups]
+    if len(set(values)) == 2 and rng.random() < 0.5:
+        values.reverse()
     else:
-        groups[0] = replace(groups[0], colour=colour)
-    return Request(tuple(groups), relation, scene.background)
+        which = rng.integers(len(values))
+        values[which] = another(options[point], values[which])
+    groups = (replace(g, **{point: v}) for g, v in zip(request.groups, values))
+    return replace(request, groups=tuple(groups)), point
+
+
+def say_alike(request: Request, like: Request, point: str) -> Request:
+    """Leave out what `like` leaves out too, but say the point."""
+    groups = tuple(
+        replace(
+            group,
+            colour=group.colour if model.colour or point == "colour" else None,
+            size=group.size if model.size or point == "size" else None,
+        )
+        for group, model in zip(request.groups, like.groups, strict=True)
+    )
+    background = request.background if like.background else None
+    return Request(groups, request.relation, background)
 
 
 class Twins(Dataset):
     """Each scene with a near twin: `((pixels, caption), (pixels, caption))`.
 
     "a red star above a blue house" comes with "a blue star above a red house". A
-    reader of bags of words cannot tell them apart, so CLIP has to learn order.
+    reader of bags of words cannot tell them apart, so CLIP has to learn order. Both
+    captions say the point in which the two differ.
     """
 
     def __init__(self, scenes: Scenes):
@@ -702,16 +741,37 @@ class Twins(Dataset):
     def __len__(self) -> int:
         return len(self.scenes)
 
+    def invent(self, scene: Scene, rng: np.random.Generator) -> tuple[Request, ...]:
+        """The twin, and what the captions of the scene and of its twin say.
+
+        A twin may be shown in training, has room in a picture, and is told apart by
+        its caption: "a star and a house" and "a house and a star" are no twins.
+        """
+        while True:
+            twin, point = exchange(decided(scene), rng)
+            said, other = (
+                say_alike(request, scene.request, point)
+                for request in (decided(scene), twin)
+            )
+            shapes = {group.shape for group in twin.groups}
+            room = sum(group.count for group in twin.groups) <= 3
+            apart = twin.relation or set(said.groups) != set(other.groups)
+            if room and apart and len(shapes) == len(twin.groups):
+                if not is_held_out(twin.groups):
+                    return twin, said, other
+
     def __getitem__(self, index: int):
         scene = self.scenes.scene(index)
         rng = np.random.default_rng((self.scenes.seed, 7, index))
-        request = exchange(scene, rng)
-        while is_held_out(request.groups):
-            request = exchange(scene, rng)
-        things = arrange(request, rng)
-        pixels = to_pixels(draw(things, request.background, self.scenes.size))
-        said = say(request, "attribution", rng)
-        return self.scenes[index], (pixels, describe(said, rng))
+        twin, said, other = self.invent(scene, rng)
+        pictures = (
+            draw(things, scene.background, self.scenes.size)
+            for things in (scene.things, arrange(twin, rng))
+        )
+        return tuple(
+            (to_pixels(picture), describe(request, rng))
+            for picture, request in zip(pictures, (said, other))
+        )
 
 
 @dataclass(frozen=True)
@@ -849,11 +909,13 @@ class Encoded(Dataset):
     and memory-mapped, and which.npy: the text of each picture. Text 0 is "". Made
     once; made again when the pictures, their size or the weights changed. Indexed
     with a list, it gives `(moments, text states)` of the whole batch at once.
+    `sample` (m, tokens, d) are the states of other captions, `some_captions`.
     """
 
     def __init__(
-        self, dataset, vae, text_encoder, tokenizer, folder, key: dict, num_workers=0
-    ):
+        self, dataset, vae, text_encoder, tokenizer, folder, key: dict,
+        num_workers=0, some_captions=(),
+    ):  # fmt: skip
         self.folder = Path(folder)
         key = key | {"vae": fingerprint(vae), "text_encoder": fingerprint(text_encoder)}
         stamp = self.folder / "key.json"
@@ -861,11 +923,13 @@ class Encoded(Dataset):
             stamp.unlink(missing_ok=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             write_texts(self.folder, captions_of(dataset), text_encoder, tokenizer)
+            some = encode_texts(list(some_captions), text_encoder, tokenizer)
+            np.save(self.folder / "sample.npy", some)
             write_moments(self.folder, dataset, vae, num_workers)
             write_atomically(stamp, lambda path: path.write_text(json.dumps(key)))
-        self.moments, self.texts, self.which = (
+        self.moments, self.texts, self.which, self.sample = (
             np.load(self.folder / f"{name}.npy", mmap_mode="r")
-            for name in ("moments", "texts", "which")
+            for name in ("moments", "texts", "which", "sample")
         )
 
     def __len__(self) -> int:
@@ -881,16 +945,21 @@ class Encoded(Dataset):
 
 
 @torch.no_grad()
-def write_texts(folder, captions, text_encoder, tokenizer, batch_size=512) -> None:
-    """Encode every different caption once, and "" first of all."""
-    texts = list(dict.fromkeys(["", *captions]))
-    number = {text: i for i, text in enumerate(texts)}
+def encode_texts(texts, text_encoder, tokenizer, batch_size=512) -> np.ndarray:
+    """The states (m, tokens, d) of m texts, as float16."""
     device = next(text_encoder.parameters()).device
     states = [
         text_encoder(tokenizer(texts[i : i + batch_size]).to(device)).half().cpu()
         for i in tqdm(range(0, len(texts), batch_size), desc="texts")
     ]
-    np.save(folder / "texts.npy", torch.cat(states).numpy())
+    return torch.cat(states).numpy() if states else np.zeros((0, 0, 0), np.float16)
+
+
+def write_texts(folder, captions, text_encoder, tokenizer) -> None:
+    """Encode every different caption once, and "" first of all."""
+    texts = list(dict.fromkeys(["", *captions]))
+    number = {text: i for i, text in enumerate(texts)}
+    np.save(folder / "texts.npy", encode_texts(texts, text_encoder, tokenizer))
     np.save(folder / "which.npy", [number[caption] for caption in captions])
 
 
@@ -1019,21 +1088,6 @@ def unet_config(config: TrainingConfig, vae, text_encoder) -> UNetConfig:
     )
 
 
-def new_unet(config: TrainingConfig, vae, text_encoder) -> UNet:
-    """A UNet that starts from zero, or from the one in `pretrained`."""
-    sizes = unet_config(config, vae, text_encoder)
-    if config.pretrained is None:
-        return start_as_identity(UNet(sizes))
-    unet = UNet.from_pretrained(Path(config.pretrained) / "unet")
-    if unet.config != sizes:
-        raise ValueError(
-            f"the UNet in {config.pretrained} has other sizes than this run:\n"
-            f"  {unet.config}\n  {sizes}\nset unet_channels, layers_per_block, "
-            "attention_levels, num_heads and norm_num_groups as they were"
-        )
-    return unet
-
-
 def open_frozen(config: TrainingConfig):
     """The trained VAE, text model and tokenizer; FileNotFoundError says what to run."""
     vae, texts = Path(config.vae_path), Path(config.text_encoder_path)
@@ -1054,10 +1108,59 @@ def open_frozen(config: TrainingConfig):
     )
 
 
+def whitening(
+    states: Float[Tensor, "m n d"], floor: float = 0.01
+) -> Float[Tensor, "d d"]:
+    """S^(-1/2), with S the second moments of the states' vectors.
+
+    `floor`, as a share of the mean, is added to the strength of every direction.
+    """
+    x = states.flatten(0, 1).float()
+    strengths, directions = torch.linalg.eigh(x.T @ x / len(x))
+    strengths = strengths + floor * strengths.mean()
+    return directions / strengths.sqrt() @ directions.T
+
+
+@torch.no_grad()
+def start_white(unet: UNet, states: Float[Tensor, "m n d"]) -> UNet:
+    """Let the maps that read the text start as if its states were white.
+
+    `states` are those of many captions. `to_k` and `to_v` of each cross-attention
+    are multiplied by their `whitening`.
+    """
+    whiten = whitening(states)
+    for block in unet.modules():
+        if isinstance(block, TransformerBlock):
+            for read in (block.attn2.to_k, block.attn2.to_v):
+                read.weight.copy_(read.weight @ whiten.to(read.weight))
+    return unet
+
+
+def new_unet(config: TrainingConfig, vae, text_encoder, states: Tensor) -> UNet:
+    """A UNet that starts from zero, or from the one in `pretrained`.
+
+    From zero, it starts as the identity, and white for the text states (m, n, d).
+    """
+    sizes = unet_config(config, vae, text_encoder)
+    if config.pretrained is None:
+        return start_white(start_as_identity(UNet(sizes)), states)
+    unet = UNet.from_pretrained(Path(config.pretrained) / "unet")
+    if unet.config != sizes:
+        raise ValueError(
+            f"the UNet in {config.pretrained} has other sizes than this run:\n"
+            f"  {unet.config}\n  {sizes}\nset unet_channels, layers_per_block, "
+            "attention_levels, num_heads and norm_num_groups as they were"
+        )
+    return unet
+
+
 def encode_dataset(config: TrainingConfig, accelerator, vae, text_encoder, tokenizer):
     """The pictures and captions after the frozen parts; one process does the work."""
     dataset = open_dataset(config)
+    # Of all kinds, those of a later training too: all have to be heard (new_unet).
+    some = captions_of(open_dataset(replace(config, kinds=(), num_pictures=1000)))
     key = {
+        "sample": len(some[:1000]),
         "dataset": config.dataset_path,
         "size": config.image_size,
         "count": len(dataset),
@@ -1068,8 +1171,9 @@ def encode_dataset(config: TrainingConfig, accelerator, vae, text_encoder, token
     cache = Path(config.output_dir) / "cache"
     with accelerator.main_process_first():
         return Encoded(
-            dataset, vae, text_encoder, tokenizer, cache, key, config.num_workers
-        )
+            dataset, vae, text_encoder, tokenizer, cache, key, config.num_workers,
+            some[:1000],
+        )  # fmt: skip
 
 
 def as_it_is(batch):
@@ -1083,11 +1187,11 @@ def train(config: TrainingConfig) -> StableDiffusion:
     The pictures and captions go through the frozen parts once, before the loop.
     Writes `output_dir/pipeline`.
     """
-    torch.manual_seed(config.seed)
     accelerator = make_accelerator(config.mixed_precision)
     vae, text_encoder, tokenizer = open_frozen(config)
     encoded = encode_dataset(config, accelerator, vae, text_encoder, tokenizer)
-    unet = new_unet(config, vae, text_encoder)
+    torch.manual_seed(config.seed)  # here: filling the cache may have drawn numbers
+    unet = new_unet(config, vae, text_encoder, torch.tensor(encoded.sample))
     scheduler = make_noise_schedule(config)
     loss = DiffusionLoss(
         scheduler,

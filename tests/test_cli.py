@@ -304,6 +304,8 @@ def test_a_config_that_is_not_there_or_not_yaml(tmp_path, capsys):
         ("scenes-clip", "train-clip", CLIPTrainingConfig),
         ("scenes-singles-cpu", "train", TrainingConfig),
         ("scenes-singles-gpu", "train", TrainingConfig),
+        ("scenes-overfit-cpu", "train", TrainingConfig),
+        ("scenes-overfit-gpu", "train", TrainingConfig),
         ("scenes-unet-cpu", "train", TrainingConfig),
         ("scenes-unet-gpu", "train", TrainingConfig),
         ("folder", "train", TrainingConfig),
@@ -375,6 +377,8 @@ def test_impossible_sizes(model, capsys, size):
     [
         ("scheduler", "magic", ["magic", "ddim"]),
         ("device", "gpu", ["gpu", "cpu"]),
+        ("device", "cpu:x", ["cpu:x", "auto"]),
+        ("device", "cuda:99", ["cuda:99", "auto"]),
         ("num_images", "0", ["num_images", "at least 1"]),
         ("output_path", "picture.jpg", ["picture.jpg", ".png"]),
         ("checkpoint_path", "nowhere", ["nowhere", "folder"]),

@@ -78,9 +78,10 @@ def test_shapes_are_smooth_and_large_enough(shape):
     sprite = draw_thing(shape, "red", 16)
     alpha = sprite[..., 3]
     assert sprite.shape == (16, 16, 4)
-    assert alpha.max() == 255 and alpha.min() == 0 or shape == "square"
+    assert alpha.max() == 255
     assert alpha.mean() > 0.2 * 255, "lost in 16 pixels"
     if shape != "square":
+        assert alpha.min() == 0
         assert ((alpha > 0) & (alpha < 255)).any(), "no smooth edge"
 
 

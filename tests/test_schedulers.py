@@ -507,3 +507,12 @@ def test_numpy_integers_are_welcome():
     scheduler, x = make_scheduler("ddim"), torch.zeros(2, 3)
     scheduler.set_timesteps(4)
     assert scheduler.step(x, np.int64(750), x).shape == x.shape
+
+
+@pytest.mark.parametrize("kind", ["DDIMScheduler", "DDPMScheduler"])
+def test_a_file_without_a_spacing_gets_the_class_s_own(kind, tmp_path):
+    values = {"_class_name": kind, **SD, "steps_offset": 1}
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(values))
+    ours = Scheduler.from_pretrained(tmp_path)
+    theirs = getattr(diffusers, kind).from_pretrained(tmp_path)
+    assert ours.config.timestep_spacing == theirs.config.timestep_spacing == "leading"

@@ -8,7 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, relative_error
+from helpers import ROOT, load_tool, relative_error, small_pipeline
 from PIL import Image
 
 from sdbook.data import Scenes, draw
@@ -68,6 +68,20 @@ def test_its_vae_keeps_what_the_judge_reads(pipe):
         names = [sorted((t.shape, t.colour) for t in v.things) for v in (truth, seen)]
         right += names[0] == names[1] and not seen.unknown
     assert right >= 198
+
+
+def test_it_passes_the_first_gates(capsys):
+    tool = load_tool("gates")
+    assert tool.main([str(MODEL), "--count", "100"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("passed") == 2 and "NOT" not in said
+
+
+def test_a_gate_that_is_not_passed_says_so(tmp_path, capsys):
+    small_pipeline(channels=(16, 32), image_size=64).save_pretrained(tmp_path)
+    tool = load_tool("gates")
+    assert tool.main([str(tmp_path), "--gate", "2", "3", "--count", "2"]) == 1
+    assert capsys.readouterr().out.count("NOT passed") == 2
 
 
 def test_from_prompt_to_png_in_ten_seconds(tmp_path):

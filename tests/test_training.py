@@ -15,8 +15,9 @@ from helpers import load_tool
 from torch import nn
 
 from sdbook import training
-from sdbook.data import Scenes, write_folder
-from sdbook.pipeline import StableDiffusion
+from sdbook.data import Scenes, is_held_out, read_caption, write_folder
+from sdbook.evaluation import Judge, satisfies
+from sdbook.pipeline import StableDiffusion, to_pictures
 from sdbook.schedulers import DDIMScheduler
 from sdbook.training import (
     EMA,
@@ -30,6 +31,7 @@ from sdbook.training import (
     Twins,
     VAETrainingConfig,
     data_fingerprint,
+    exchange,
     latent_spread,
     learning_rate_at,
     load_checkpoint,
@@ -42,7 +44,9 @@ from sdbook.training import (
     train,
     train_clip,
     train_vae,
+    whitening,
 )
+from sdbook.unet import UNet, start_as_identity
 from sdbook.vae import AutoencoderKL, VAEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -475,13 +479,44 @@ def test_a_certain_start_and_the_total_spread():
     assert latent_spread(vae, scenes) == pytest.approx(draws.std().item(), rel=0.01)
 
 
-def test_twins_differ_and_hold_out_what_is_held_out():
-    twins = Twins(Scenes(64, length=60))
-    for i in range(0, 60, 6):
-        (picture, caption), (other, said) = twins[i]
-        assert not torch.equal(picture, other)
-        assert caption and said
+def test_twins_differ_in_one_point_that_both_captions_say():
+    twins, judge = Twins(Scenes(64, length=400)), Judge()
+    for i in range(0, 400, 2):
+        pixels, captions = zip(*twins[i], strict=True)
+        one, two = (read_caption(caption) for caption in captions)
+        assert one.background == two.background
+        points = {
+            name
+            for a, b in zip(one.groups, two.groups, strict=True)
+            for name in ("count", "shape", "colour", "size")
+            if getattr(a, name) != getattr(b, name)
+        }
+        if one.relation != two.relation:
+            points.add("relation")
+        assert len(points) == 1, captions
+        seen = [
+            judge.read(np.asarray(picture))
+            for picture in to_pictures(torch.stack(pixels), "pil")
+        ]
+        fits = [[satisfies(verdict, said) for said in (one, two)] for verdict in seen]
+        assert fits == [[True, False], [False, True]], captions
+        assert not any(is_held_out(verdict.things) for verdict in seen)
     assert same(twins[5], twins[5])
+
+
+def test_exchanged_shapes_alone_are_no_twins():
+    scenes = Scenes(64, length=200, kinds=["two"])
+    for i in range(200):
+        _, one, two = Twins(scenes).invent(scenes.scene(i), np.random.default_rng(i))
+        assert set(one.groups) != set(two.groups)
+
+
+def test_a_relation_s_twin_changes_places():
+    asked = [read_caption("a red star above a blue house")] * 200
+    rng = np.random.default_rng(0)
+    twins = [exchange(request, rng) for request in asked]
+    moved = [request.relation for request, point in twins if point == "relation"]
+    assert set(moved) == {"below"} and 120 < len(moved) < 180
 
 
 def test_both_are_saved_and_improve(frozen):
@@ -494,6 +529,46 @@ def test_both_are_saved_and_improve(frozen):
 
 
 # The UNet
+
+
+def test_white_states_are_equally_strong_everywhere():
+    states = torch.randn(300, 24, 32) * torch.logspace(0, -1, 32) + torch.randn(32)
+    x = states.flatten(0, 1) @ whitening(states, floor=0.0)
+    torch.testing.assert_close(x.T @ x / len(x), torch.eye(32), atol=1e-3, rtol=0)
+    gentle = states.flatten(0, 1) @ whitening(states)
+    assert 0.05 < gentle.square().mean(0).min() < gentle.square().mean(0).max() <= 1
+
+
+def test_a_new_unet_starts_as_the_identity_and_white(unet_config):
+    vae, text_encoder, _ = training.open_frozen(unet_config)
+    states = torch.randn(50, 16, text_encoder.config.hidden_size)
+    torch.manual_seed(0)
+    ours = training.new_unet(unet_config, vae, text_encoder, states)
+    torch.manual_seed(0)
+    plain = start_as_identity(UNet(ours.config)).state_dict()
+    read = [name for name in plain if "attn2.to_k" in name or "attn2.to_v" in name]
+    assert len(read) > 3
+    for name, weight in ours.state_dict().items():
+        expected = plain[name] @ whitening(states) if name in read else plain[name]
+        torch.testing.assert_close(weight, expected)
+
+
+def test_the_start_does_not_depend_on_the_cache(unet_config):
+    start = replace(unet_config, max_steps=1, learning_rate=1e-20, weight_decay=0.0)
+    first, second = train(start), train(replace(start, resume=False))
+    assert same(dict(first.unet.state_dict()), dict(second.unet.state_dict()))
+
+
+def test_refitting_a_text_model_to_itself_changes_little(unet_config):
+    tool = load_tool("refit_text")
+    tool.COUNT, tool.WHITE = 200, 0.0
+    pipe = train(replace(unet_config, max_steps=1))
+    before = [read.weight.clone() for read in tool.text_maps(pipe.unet)]
+    states = pipe.encode_prompt([Scenes().scene(i).caption for i in range(30)])
+    after = tool.refit(pipe, pipe.text_encoder, pipe.tokenizer)
+    for old, new in zip(before, tool.text_maps(after.unet), strict=True):
+        told, tells = states @ old.T, new(states)
+        assert (told - tells).norm() < 0.2 * told.norm()
 
 
 def test_the_pipeline_opens_and_draws(unet_config):
@@ -713,6 +788,7 @@ def write_toy_configs(folder):
     files["unet-gpu"] = {**TOY_UNET, "mixed_precision": "bf16"}
     for kind in ("cpu", "gpu"):
         files[f"singles-{kind}"] = {**files[f"unet-{kind}"], "kinds": ["single"]}
+        files[f"overfit-{kind}"] = {**files[f"unet-{kind}"], "num_pictures": 5}
     for name, options in files.items():
         (folder / f"scenes-{name}.yaml").write_text(yaml.safe_dump(lists(options)))
 
@@ -721,7 +797,8 @@ def write_toy_configs(folder):
 def test_the_script_trains_ships_and_scores(tmp_path, gpu, capsys):
     write_toy_configs(tmp_path / "configs")
     places = [f"--{k}={tmp_path / k}" for k in ("runs", "data", "configs")]
-    arguments = [*gpu, *places, "--num_prompts=1", "--", "--max_steps=2"]
+    arguments = [*gpu, *places, "--num_prompts=1", "--overfit=4"]
+    arguments += ["--", "--max_steps=2"]
     tool = load_tool("train_scenes")
     tool.main(arguments)
     runs = tmp_path / "data" / "runs"

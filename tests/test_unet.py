@@ -288,3 +288,16 @@ def test_strict_loading_lists_what_is_missing(tmp_path):
         assert word in str(error.value)
     with pytest.raises(WeightsError, match="of another shape"):
         load_strictly(unet, {**unet.state_dict(), "conv_in.bias": torch.zeros(3)})
+
+
+def test_every_norm_has_the_reference_s_epsilon():
+    with torch.device("meta"):
+        unet = UNet()
+    for name, module in unet.named_modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            in_transformer = name.rsplit(".", 1)[0].rsplit(".", 1)[0].endswith(
+                "attentions"
+            )
+            assert module.eps == (1e-6 if in_transformer else 1e-5), name
+        if isinstance(module, torch.nn.LayerNorm):
+            assert module.eps == 1e-5, name

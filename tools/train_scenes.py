@@ -1,6 +1,7 @@
 """Train the model that ships with the book: VAE, CLIP, UNet, one after the other.
 
-The UNet is trained twice: on scenes of one thing, then on all.
+The UNet is trained twice: on scenes of one thing, then on all. In between it has to
+learn 500 scenes by heart, as a check of all that comes before (tools/gates.py).
 
     python tools/train_scenes.py                a computer without a GPU: two hours
     python tools/train_scenes.py --gpu          one GPU with bfloat16, larger
@@ -8,13 +9,15 @@ The UNet is trained twice: on scenes of one thing, then on all.
 Started again, it goes on where it was stopped. Checkpoints and caches go to runs/.
 At the end data/models/scenes/ holds the model in float16, data/runs/ the recorded
 curves and the scores. Each step is a command that is printed first and could be
-typed; further arguments after -- go to all three trainings.
+typed; further arguments after -- go to every training.
 """
 
 import argparse
 import os
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +32,16 @@ def sdbook(*arguments: str) -> None:
     main(list(arguments))
 
 
-def train(configs: Path, runs: Path, gpu: bool, more: list[str]) -> Path:
+def check(*arguments: str) -> None:
+    """Say whether a gate is passed; go on in any case."""
+    command = [sys.executable, str(ROOT / "tools" / "gates.py"), *arguments]
+    print("\n" + shlex.join(command), flush=True)
+    subprocess.run(command)
+
+
+def train(
+    configs: Path, runs: Path, gpu: bool, more: list[str], overfit: int = 500
+) -> Path:
     """The trainings, in order; returns the folder of the finished pipeline."""
     wide = ["--mixed_precision", "bf16"] if gpu else []
     kind = "gpu" if gpu else "cpu"
@@ -44,8 +56,13 @@ def train(configs: Path, runs: Path, gpu: bool, more: list[str]) -> Path:
     run("train-vae", "vae", "vae", *wide)
     run("train-clip", "clip", "clip", *wide)
     run("train", "singles", f"singles-{kind}", *frozen)
-    singles = str(runs / "singles" / "pipeline")
-    run("train", "unet", f"unet-{kind}", *frozen, f"--pretrained={singles}")
+    frozen.append(f"--pretrained={runs / 'singles' / 'pipeline'}")
+    if overfit:
+        count = f"--num_pictures={overfit}"
+        run("train", "overfit", f"overfit-{kind}", *frozen, count)
+        learned = str(runs / "overfit" / "pipeline")
+        check("--gate", "3", "--count", str(overfit), learned)
+    run("train", "unet", f"unet-{kind}", *frozen)
     return runs / "unet" / "pipeline"
 
 
@@ -79,10 +96,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--configs", type=Path, default=CONFIGS)
     parser.add_argument("--num_prompts", type=int, default=200, help="of each kind")
     parser.add_argument("--guidance_scale", type=float, default=3.0)
+    parser.add_argument("--overfit", type=int, default=500, help="0 skips the check")
     parser.add_argument("more", nargs="*", help="flags for the trainings, after --")
     options = parser.parse_args(arguments)
 
-    pipeline = train(options.configs, options.runs, options.gpu, options.more)
+    pipeline = train(
+        options.configs, options.runs, options.gpu, options.more, options.overfit
+    )
     record(options.runs, options.data)
     model = options.data / "models" / "scenes"
     ship(pipeline, model)
