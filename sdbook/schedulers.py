@@ -916,7 +916,9 @@ class HeunDiscreteScheduler(SigmaScheduler):
         return heun_step(*self.history, x, x0, *self.sigmas[i - 1 : i + 1])
 
 
-def lagrange_weights(nodes: Sequence[float], end: float) -> list[float]:
+def lagrange_weights(
+    nodes: Sequence[int | float], end: int | float
+) -> list[float]:
     """The integral, from the last node to `end`, of the polynomial through the nodes.
 
     As weights of its values there. Exact for up to four nodes: Gauss's rule with two
