@@ -641,13 +641,13 @@ def spaced_timesteps(
     """The n noisiest of `points` timesteps spread over 0 to total - 1, float64.
 
     They need not be whole, and an offset may lead past total - 1, as in diffusers.
+    With `trailing`, rounding sometimes leaves one too many, a timestep -1.
     """
     if spacing == "linspace":
         return np.linspace(0, total - 1, points)[::-1][:n]
     if spacing == "leading":
         return np.arange(points)[::-1][:n] * (total // points) + float(offset)
-    # Rounding can leave one entry too many, a timestep -1: not beyond n.
-    return np.arange(total, 0, -total / n)[:n].round() - 1
+    return np.arange(total, 0, -total / n).round() - 1
 
 
 def karras_sigmas(largest: float, smallest: float, n: int) -> np.ndarray:
@@ -756,7 +756,7 @@ class SigmaTable(InOrder):
         if config.use_karras_sigmas:
             sigmas = karras_sigmas(sigmas[0], sigmas[-1], n)
             timesteps = np.interp(np.log(sigmas), np.log(self.training_sigmas), every)
-        return timesteps.astype(np.float32), sigmas
+        return timesteps[:n].astype(np.float32), sigmas[:n]
 
     def set_timesteps(self, num_inference_steps: int) -> None:
         super().set_timesteps(num_inference_steps)
@@ -1151,7 +1151,7 @@ class SolverScheduler(SigmaScheduler):
         points = min(n + 1, len(every)) if leading else n + 1
         steps = spaced_timesteps(
             config.timestep_spacing, n, points, len(every), config.steps_offset
-        ).round().astype(np.int64)
+        )[:n].round().astype(np.int64)
         return steps, np.interp(steps, every, self.training_sigmas)
 
 

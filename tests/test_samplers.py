@@ -65,6 +65,9 @@ def run(scheduler, n, shape=(3, 2, 4), seed=0):
     """All the samples that a scheduler visits from noise of this seed."""
     generator = torch.Generator().manual_seed(seed)
     scheduler.set_timesteps(n)
+    if hasattr(scheduler, "set_begin_index"):
+        # Or diffusers skips a step where rounding makes the first two timesteps equal.
+        scheduler.set_begin_index(0)
     x = torch.randn(shape, generator=generator) * scheduler.init_noise_sigma
     noisy = "Ancestral" in type(scheduler).__name__
     options = {"generator": generator} if noisy else {}
@@ -172,11 +175,12 @@ def test_timesteps_equal_diffusers_for_many_numbers_of_steps(name, karras, spaci
         if n == 1000 and spacing == "leading" and name in (*MULTISTEP, "pndm"):
             if not karras:
                 continue  # diffusers repeats one timestep, or begins past the table
-        if spacing == "trailing" and n == 103:
-            # By rounding diffusers has one entry too many, timestep -1.
-            assert karras or theirs.timesteps[-1] == -1
-            continue
-        torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=1e-6, atol=0)
+        expected = theirs.timesteps
+        if spacing == "trailing" and len(ours.timesteps) < len(expected):
+            # By rounding diffusers sometimes has one entry too many, timestep -1.
+            assert expected[-1] == -1
+            expected = expected[: len(ours.timesteps)]
+        torch.testing.assert_close(ours.timesteps, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -613,7 +617,8 @@ def test_a_schedule_without_an_end_is_not_dropped_on_the_way():
     options = dict(SD, rescale_betas_zero_snr=True, prediction_type="v_prediction")
     ddim = DDIMScheduler(**options)
     assert change_scheduler(ddim, "euler").alphas_cumprod[-1] == 2**-24
-    with pytest.raises(ValueError, match="LMS.*rescale_betas_zero_snr=True is not impl"):
+    message = "LMS.*rescale_betas_zero_snr=True is not implemented"
+    with pytest.raises(ValueError, match=message):
         change_scheduler(ddim, "lms")
 
 
