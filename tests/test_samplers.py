@@ -8,7 +8,7 @@ import warnings
 import diffusers
 import pytest
 import torch
-from helpers import relative_error, small_pipeline
+from helpers import load_tool, relative_error, small_pipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -643,3 +643,18 @@ def test_generators_for_another_batch():
 def test_unknown_schedulers_list_what_exists():
     with pytest.raises(ValueError, match="'eulr'; there are ddpm, ddim, pndm, lms, eu"):
         make_scheduler("eulr")
+
+
+# ---- the record ----
+
+
+def test_the_comparison_on_a_model_writes_its_record(folder, tmp_path, capsys):
+    tool = load_tool("compare_samplers")
+    flags = ["--model", str(folder), "--output", str(tmp_path), "--pictures", "2"]
+    assert tool.main([*flags, "--steps", "2", "6", "--reference_steps", "6"]) == 0
+    record = json.loads((tmp_path / "errors.json").read_text())
+    assert record["pictures"] == 2 and len(record["rows"]) == 2 * len(tool.SAMPLERS)
+    errors = {(r["scheduler"], r["steps"]): r["error"] for r in record["rows"]}
+    assert errors["Heun, Karras", 6] == 0  # the reference itself
+    assert all(math.isfinite(error) for error in errors.values())
+    assert "11 calls" in capsys.readouterr().out
