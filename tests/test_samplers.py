@@ -135,14 +135,24 @@ def test_own_defaults_equal_diffusers(name, prediction):
         assert_equal_to_diffusers(name, 10, use_karras_sigmas=True)
 
 
-@pytest.mark.parametrize("name", set(NAMES) - {"lms"})
-@pytest.mark.parametrize("n, spacing", [(999, "linspace"), (1000, "trailing")])
+@pytest.mark.parametrize(
+    "name, n, spacing",
+    [
+        ("pndm", 1000, "linspace"),
+        ("euler", 1000, "leading"),
+        ("euler_a", 999, "leading"),
+        ("heun", 1000, "trailing"),
+        ("dpmpp_2m", 999, "linspace"),
+        ("dpmpp_2m", 1000, "trailing"),
+        ("unipc", 999, "trailing"),
+    ],
+)
 def test_a_thousand_steps_equal_diffusers(name, n, spacing):
     config = options_of(name, timestep_spacing=spacing, prediction_type="v_prediction")
     assert_equal_to_diffusers(name, n, **config)
 
 
-@pytest.mark.parametrize("name", set(KARRAS) - {"lms"})
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "unipc"])
 def test_a_thousand_karras_steps_equal_diffusers(name):
     assert_equal_to_diffusers(name, 1000, **options_of(name, karras=True))
 
@@ -156,10 +166,10 @@ def test_a_thousand_steps_of_lms_equal_diffusers():
     """
     assert_equal_to_diffusers("lms", 1000, **options_of("lms"))
     scheduler = make_scheduler("lms", **options_of("lms", karras=True))
-    scheduler.set_timesteps(500)
+    scheduler.set_timesteps(300)
     *nodes, end = scheduler.sigmas[-5:].tolist()
-    assert max(map(abs, lagrange_weights(nodes, end))) > 300
-    assert_equal_to_diffusers("lms", 500, steps=-1, **options_of("lms", karras=True))
+    assert max(map(abs, lagrange_weights(nodes, end))) > 100
+    assert_equal_to_diffusers("lms", 300, steps=-1, **options_of("lms", karras=True))
 
 
 @pytest.mark.parametrize("name, karras", VARIANTS)
@@ -169,7 +179,7 @@ def test_timesteps_equal_diffusers_for_many_numbers_of_steps(name, karras, spaci
     if name == "pndm":
         config["skip_prk_steps"] = True
     ours, theirs = make_scheduler(name, **config), upstream(name, **config)
-    for n in [*range(1, 1000, 29), 103, 998, 999, 1000]:
+    for n in [*range(1, 1000, 71), 3, 7, 50, 103, 999, 1000]:
         ours.set_timesteps(n)
         theirs.set_timesteps(n)
         if n == 1000 and spacing == "leading" and name in (*MULTISTEP, "pndm"):
@@ -393,7 +403,7 @@ def test_half_precision_stays_half_precision(name):
     assert scheduler.step(x, t, x).dtype == torch.float16
 
 
-@pytest.mark.parametrize("name", set(NAMES) - {"pndm"})
+@pytest.mark.parametrize("name", NAMES[1:])
 def test_a_run_may_start_late(name):
     scheduler = make_scheduler(name, **SD)
     scheduler.set_timesteps(8)

@@ -3,10 +3,11 @@
     python tools/compare_samplers.py                       writes data/runs/samplers/
     python tools/compare_samplers.py --pictures 4 --steps 5 10
 
-All samplers start from the same noise. The error is the distance of their final latents
-from those of a hundred steps of Heun with Karras' levels, as a share of these latents'
-size. `errors.json` has one row for each sampler and number of steps; chapter 10 draws it.
-With the defaults the UNet is called about 1400 times for 8 pictures, twice with guidance.
+All samplers start from the same noise. The error is the distance of their final
+latents from those of a hundred steps of Heun with Karras' levels, as a share of these
+latents' size. `errors.json` has one row for each sampler and number of steps, which
+chapter 10 draws. The UNet is called about 1250 times, each time for 8 pictures, with
+and without the prompt.
 """
 
 import argparse
