@@ -100,12 +100,17 @@ def assert_equal_to_diffusers(name, n, steps=None, **config):
 # ---- equal to diffusers ----
 
 
-@pytest.mark.parametrize("name, karras", VARIANTS)
+@pytest.mark.parametrize(
+    "name, karras, prediction",
+    [
+        (*variant, prediction)
+        for variant in VARIANTS
+        for prediction in PREDICTIONS
+        if (variant[0], prediction) not in ONLY_OURS
+    ],
+)
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_whole_trajectories_equal_diffusers(name, karras, spacing, prediction):
-    if (name, prediction) in ONLY_OURS:
-        pytest.skip("diffusers has no result")
     config = options_of(
         name, karras, timestep_spacing=spacing, prediction_type=prediction
     )
