@@ -966,7 +966,7 @@ class LMSDiscreteScheduler(SigmaScheduler):
 
 
 def transfer(x: Floats, noise: Floats, alpha_bar: Level, following: Level) -> Floats:
-    """From x at ᾱ to the next ᾱ along this noise. Liu et al. (2022), equation 11."""
+    """To the next ᾱ along this noise: DDIM, in the form of Liu et al. (2022)."""
     roots = alpha_bar * (1 - following).sqrt()
     roots = roots + (alpha_bar * (1 - alpha_bar) * following).sqrt()
     weight = (following - alpha_bar) / roots
@@ -1186,8 +1186,8 @@ def unic_step(
 ) -> Floats:
     """UniC: the step from x again, now that x0 at its end is known as well.
 
-    Exact for x0s that lie on a parabola in λ; with no x0 but those at both ends, for
-    half their difference. Zhao et al. (2023), section 3.1, with B(h) = exp(-h) - 1.
+    Exact for x0s that lie on a parabola in λ; with none but those at both ends it
+    takes their mean. Zhao et al. (2023), section 3, with B(h) = exp(-h) - 1.
     """
     signal, spread = unit_shares(arrived)
     _, spread_before = unit_shares(sigmas[-1])
