@@ -916,9 +916,7 @@ class HeunDiscreteScheduler(SigmaScheduler):
         return heun_step(*self.history, x, x0, *self.sigmas[i - 1 : i + 1])
 
 
-def lagrange_weights(
-    nodes: Sequence[int | float], end: int | float
-) -> list[float]:
+def lagrange_weights(nodes: Sequence[int | float], end: int | float) -> list[float]:
     """The integral, from the last node to `end`, of the polynomial through the nodes.
 
     As weights of its values there. Exact for up to four nodes: Gauss's rule with two
@@ -1120,7 +1118,8 @@ class SolverScheduler(SigmaScheduler):
     """A sampler of x at variance 1, the network's own scale, that counts in λ.
 
     Timesteps are whole numbers. n of them are the noisiest of n + 1, for the last
-    step ends at σ = 0 anyway.
+    step ends at σ = 0 anyway. With about 1000 steps two can have the same σ, and
+    diffusers divides by zero; here such a step changes nothing.
     """
 
     accepts = SigmaScheduler.accepts | {
@@ -1138,6 +1137,7 @@ class SolverScheduler(SigmaScheduler):
         return x
 
     def whole(self, timesteps: np.ndarray) -> np.ndarray:
+        """The whole timesteps that stand for Karras' fractions."""
         return timesteps.round().astype(np.int64)
 
     def choose(self, n: int) -> tuple[np.ndarray, np.ndarray]:
