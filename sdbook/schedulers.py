@@ -1,14 +1,16 @@
 """Noise, and the way back
 
-Generated from chapters/07_schedulers.ipynb; do not edit.
+Generated from chapters/07_schedulers.ipynb, chapters/10_faster_samplers.ipynb; do
+not edit.
 """
 
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import SupportsInt
+from typing import ClassVar, SupportsFloat, SupportsInt
 
 import numpy as np
 import torch
@@ -43,6 +45,42 @@ __all__ = [
     "scheduler_class",
     "make_scheduler",
     "change_scheduler",
+    "Level",
+    "predicted_x0",
+    "spaced_timesteps",
+    "karras_sigmas",
+    "Choosy",
+    "InOrder",
+    "SigmaConfig",
+    "SigmaTable",
+    "SigmaScales",
+    "SigmaScheduler",
+    "euler_step",
+    "EulerDiscreteScheduler",
+    "heun_step",
+    "HeunConfig",
+    "HeunDiscreteScheduler",
+    "lagrange_weights",
+    "lms_step",
+    "LMSConfig",
+    "LMSDiscreteScheduler",
+    "transfer",
+    "plms_noise",
+    "runge_kutta_noise",
+    "PNDMConfig",
+    "PNDMTimesteps",
+    "PNDMMoves",
+    "PNDMScheduler",
+    "unit_shares",
+    "log_snr",
+    "dpmpp_2m_step",
+    "SolverScheduler",
+    "DPMSolverMultistepScheduler",
+    "unic_step",
+    "UniPCMultistepScheduler",
+    "euler_ancestral_step",
+    "EulerAncestralConfig",
+    "EulerAncestralDiscreteScheduler",
 ]
 
 
@@ -569,10 +607,663 @@ def scheduler_class(name: str) -> type[Scheduler]:
 
 
 def make_scheduler(name: str, **config) -> Scheduler:
-    """Build a scheduler by name, `ddpm` or `ddim`, with diffusers' options."""
+    """Build a scheduler by name, such as `ddim`, with diffusers' options."""
     return scheduler_class(name)(**config)
 
 
 def change_scheduler(scheduler: Scheduler, name: str) -> Scheduler:
     """The scheduler called `name` for the same model: the shared options stay."""
     return scheduler_class(name).from_options(scheduler.options, foreign=True)
+
+
+Level = Float[Tensor, ""]
+
+
+def predicted_x0(
+    prediction_type: str, output: Floats, x: Floats, signal: Level, spread: Level
+) -> Floats:
+    """x0 from what the network answered at x = signal * x0 + spread * noise.
+
+    x may have any scale: (√ᾱ, √(1-ᾱ)) as in chapter 7, or (1, σ). The network itself
+    always sees variance 1, and so `v_prediction` means the velocity there.
+    """
+    if prediction_type == "sample":
+        return output
+    if prediction_type == "epsilon":
+        return (x - spread * output) / signal
+    size = (signal**2 + spread**2).sqrt()
+    return (signal * x / size - spread * output) / size
+
+
+def spaced_timesteps(
+    spacing: str, n: int, points: int, total: int, offset: int
+) -> np.ndarray:
+    """The n noisiest of `points` timesteps spread over 0 to total - 1, float64.
+
+    They need not be whole, and an offset may lead past total - 1, as in diffusers.
+    With `trailing`, rounding sometimes leaves one too many, a timestep -1.
+    """
+    if spacing == "linspace":
+        return np.linspace(0, total - 1, points)[::-1][:n]
+    if spacing == "leading":
+        return np.arange(points)[::-1][:n] * (total // points) + float(offset)
+    return np.arange(total, 0, -total / n).round() - 1
+
+
+def karras_sigmas(largest: float, smallest: float, n: int) -> np.ndarray:
+    """n values of σ, evenly spaced in σ^(1/7). Karras et al. (2022), equation 5."""
+    roots = np.linspace(largest ** (1 / 7), smallest ** (1 / 7), n)
+    return roots**7
+
+
+class Choosy(Scheduler):
+    """A scheduler that refuses values of diffusers' options that it cannot honour."""
+
+    accepts: ClassVar[dict[str, tuple]] = {}  # an option, and the values we have
+
+    @classmethod
+    def from_options(cls, options: dict, foreign: bool = False):
+        for name, values in cls.accepts.items():
+            if options.get(name, values[0]) not in values:
+                raise ValueError(
+                    f"{cls.__name__}: {name}={options[name]!r} is not implemented; "
+                    f"set it to {values[0]!r}, or choose another scheduler"
+                )
+        return super().from_options(options, foreign)
+
+
+class InOrder(Choosy):
+    """A scheduler with a memory: steps come in the order of `timesteps`.
+
+    `set_timesteps` wipes the memory and begins a new run.
+    """
+
+    position = None  # in `timesteps`; None before the first step
+    history = ()  # what earlier steps found
+
+    def set_timesteps(self, num_inference_steps: int) -> None:
+        super().set_timesteps(num_inference_steps)
+        self.position, self.history = None, []
+
+    def find(self, t: SupportsFloat) -> int:
+        """Where in `timesteps` t stands; the second place of one that comes twice."""
+        places = (self.timesteps == float(t)).nonzero().flatten().tolist()
+        if not places:
+            raise ValueError(
+                f"timestep {float(t):g} is not one of the {len(self.timesteps)} that "
+                "set_timesteps chose; step through scheduler.timesteps"
+            )
+        return places[0] if places[0] == 0 else places[:2][-1]
+
+    def place(self, t: SupportsFloat) -> int:
+        """Where the run stands, which must be at t. Only the first step is free."""
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps(n) before the first step")
+        if self.position is None:
+            return self.find(t)
+        if self.position == len(self.timesteps):
+            raise ValueError(
+                f"timestep {float(t):g} after the last step of a run; "
+                "call set_timesteps(n) to begin another"
+            )
+        expected = float(self.timesteps[self.position])
+        if float(t) != expected:
+            raise ValueError(
+                f"timestep {float(t):g} out of order: step {self.position + 1} of "
+                f"{len(self.timesteps)} is {expected:g}; go through "
+                "scheduler.timesteps, or call set_timesteps(n) to begin again"
+            )
+        return self.position
+
+
+@dataclass(frozen=True, kw_only=True)
+class SigmaConfig(SchedulerConfig):
+    """Options of the samplers that walk down a table of σ."""
+
+    timestep_spacing: str = "linspace"
+    use_karras_sigmas: bool = False
+
+
+class SigmaTable(InOrder):
+    """The levels of a sampler of x = x0 + σ * noise.
+
+    `sigmas` has one σ for each entry of `timesteps`, and 0 at the end. As in
+    diffusers, timesteps may be fractions, and 1000 leading steps with an offset begin
+    at timestep 1000, with the σ of 999.
+    """
+
+    config_class = SigmaConfig
+    accepts = {
+        "use_exponential_sigmas": (False, None),
+        "use_beta_sigmas": (False, None),
+    }
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        if self.config.rescale_betas_zero_snr:
+            self.alphas_cumprod[-1] = 2**-24  # σ = 4096 and not ∞, as in diffusers
+        sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
+        self.training_sigmas = sigmas.numpy()
+        self.sigmas = torch.cat([sigmas.flip(0), sigmas.new_zeros(1)])
+
+    def choose(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """n timesteps and their σ."""
+        config, every = self.config, np.arange(self.num_train_timesteps)
+        timesteps = spaced_timesteps(
+            config.timestep_spacing, n, n, len(every), config.steps_offset
+        ).astype(np.float32)
+        sigmas = np.interp(timesteps, every, self.training_sigmas)
+        if config.use_karras_sigmas:
+            sigmas = karras_sigmas(sigmas[0], sigmas[-1], n)
+            timesteps = np.interp(np.log(sigmas), np.log(self.training_sigmas), every)
+        return timesteps[:n].astype(np.float32), sigmas[:n]
+
+    def set_timesteps(self, num_inference_steps: int) -> None:
+        super().set_timesteps(num_inference_steps)
+        timesteps, sigmas = self.choose(num_inference_steps)
+        self.timesteps = torch.from_numpy(timesteps)
+        self.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
+
+
+class SigmaScales(SigmaTable):
+    """How large x is: for the network, at the start, and in `add_noise`."""
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """The spread of the x that a run starts from, as diffusers has it.
+
+        With `leading` timesteps it is √(σ²+1), the spread of x0 + σ * noise for data
+        of variance 1; otherwise σ itself.
+        """
+        largest = self.sigmas.max()
+        if self.config.timestep_spacing == "leading":
+            return (largest**2 + 1).sqrt().item()
+        return largest.item()
+
+    def shares(self, sigma: Floats) -> tuple[Floats, Floats]:
+        """How much x0 and how much noise there is in x."""
+        return torch.ones_like(sigma), sigma
+
+    def scale_model_input(self, x: Floats, t: SupportsFloat) -> Floats:
+        """x / √(σ²+1): networks are trained on variance 1."""
+        return x / (self.sigmas[self.place(t)] ** 2 + 1).sqrt()
+
+    def add_noise(self, x0: Floats, noise: Floats, t: SupportsFloat) -> Floats:
+        """x at timestep t, one of `timesteps`, or one for each item of the batch."""
+        same_shape(x0, noise)
+        steps = torch.as_tensor(t).flatten().tolist()
+        if len(steps) not in (1, len(x0)):
+            raise ValueError(
+                f"{len(steps)} timesteps for a batch of {len(x0)}; "
+                "pass one, or one per item of the batch"
+            )
+        sigma = self.sigmas[[self.find(step) for step in steps]].to(x0)
+        signal, spread = self.shares(sigma.reshape(-1, *[1] * (x0.ndim - 1)))
+        return signal * x0 + spread * noise
+
+
+class SigmaScheduler(SigmaScales):
+    """A sampler of x = x0 + σ * noise that walks down a table of σ.
+
+    All share the step; each only says how to `advance`.
+    """
+
+    def advance(self, x: Floats, x0: Floats, i: int, generator) -> Floats:
+        """x at sigmas[i + 1], from x at sigmas[i] and the guess of x0 there."""
+        raise NotImplementedError(f"{type(self).__name__} has no advance(x, x0, i, …)")
+
+    def remember(self, sigma: Level, value: Floats, count: int) -> None:
+        """Keep what was found at this σ and at the count - 1 others before it."""
+        if self.history and self.history[-1][0] == sigma:
+            self.history.pop()  # a step of no length taught us nothing
+        self.history = [*self.history, (sigma, value)][-count:]
+
+    def step(
+        self,
+        model_output: Float[Tensor, "*shape"],
+        t: SupportsFloat,
+        sample: Float[Tensor, "*shape"],
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Float[Tensor, "*shape"]:
+        """x at the next σ. ValueError for a t out of order (see `InOrder`)."""
+        i = self.place(t)
+        x = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        signal, spread = self.shares(self.sigmas[i])
+        kind = self.config.prediction_type
+        x0 = predicted_x0(kind, model_output.to(x.dtype), x, signal, spread)
+        x = self.advance(x, x0, i, generator)
+        self.position = i + 1
+        return x.to(sample.dtype)
+
+
+def euler_step(x: Floats, x0: Floats, sigma: Level, following: Level) -> Floats:
+    """Follow the slope dx/dσ = (x - x0) / σ straight to the next σ.
+
+    x is x0 + sigma * noise. The step of DDIM (Song et al., 2021, section 4.3) and of
+    Karras et al. (2022), algorithm 1.
+    """
+    slope = (x - x0) / sigma
+    return x + (following - sigma) * slope
+
+
+class EulerDiscreteScheduler(SigmaScheduler):
+    """Euler's method in σ (Karras et al., 2022). The name for it is `euler`."""
+
+    accepts = SigmaScheduler.accepts | {
+        "interpolation_type": ("linear",),
+        "timestep_type": ("discrete",),
+        "final_sigmas_type": ("zero",),
+        "sigma_min": (None,),
+        "sigma_max": (None,),
+    }
+
+    def advance(self, x: Floats, x0: Floats, i: int, generator) -> Floats:
+        return euler_step(x, x0, *self.sigmas[i : i + 2])
+
+
+def heun_step(
+    x: Floats,
+    slope: Floats,
+    arrived: Floats,
+    x0: Floats,
+    sigma: Level,
+    following: Level,
+) -> Floats:
+    """Euler's step from x again, with the mean of the slopes at both its ends.
+
+    `arrived` is where Euler's step led, x0 the guess there. Karras et al. (2022),
+    algorithm 1, lines 7 and 8.
+    """
+    slope_there = (arrived - x0) / following
+    return x + (following - sigma) * (slope + slope_there) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeunConfig(SigmaConfig):
+    """Options of `HeunDiscreteScheduler`, with its own defaults."""
+
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    clip_sample: bool = False
+    clip_sample_range: float = 1.0
+    rescale_betas_zero_snr: ClassVar[bool] = False  # no option here
+
+
+class HeunDiscreteScheduler(SigmaScheduler):
+    """Heun's method in σ (Karras et al., 2022): n steps ask the network 2n - 1 times.
+
+    All timesteps but the first come twice, once as the end of a step and once as the
+    beginning of the next.
+    """
+
+    config_class = HeunConfig
+    accepts = SigmaScheduler.accepts | {"rescale_betas_zero_snr": (False,)}
+
+    def set_timesteps(self, num_inference_steps: int) -> None:
+        super().set_timesteps(num_inference_steps)
+        first, others = self.timesteps[:1], self.timesteps[1:]
+        self.timesteps = torch.cat([first, others.repeat_interleave(2)])
+        first, others, zero = self.sigmas[:1], self.sigmas[1:-1], self.sigmas[-1:]
+        self.sigmas = torch.cat([first, others.repeat_interleave(2), zero])
+
+    def advance(self, x: Floats, x0: Floats, i: int, generator) -> Floats:
+        if self.config.clip_sample:
+            limit = self.config.clip_sample_range
+            x0 = x0.clamp(-limit, limit)
+        if i % 2 == 0:
+            self.history = [x, (x - x0) / self.sigmas[i]]
+            return euler_step(x, x0, *self.sigmas[i : i + 2])
+        return heun_step(*self.history, x, x0, *self.sigmas[i - 1 : i + 1])
+
+
+def lagrange_weights(nodes: Sequence[int | float], end: int | float) -> list[float]:
+    """The integral, from the last node to `end`, of the polynomial through the nodes.
+
+    As weights of its values there. Exact for up to four nodes: Gauss's rule with two
+    points integrates any cubic.
+    """
+    middle, half = (nodes[-1] + end) / 2, (end - nodes[-1]) / 2
+    weights = []
+    for k, node in enumerate(nodes):
+        others = [other for j, other in enumerate(nodes) if j != k]
+        basis = [
+            math.prod((point - other) / (node - other) for other in others)
+            for point in (middle - half / math.sqrt(3), middle + half / math.sqrt(3))
+        ]
+        weights.append(half * sum(basis))
+    return weights
+
+
+def lms_step(
+    x: Floats, sigmas: Sequence[Level], slopes: Sequence[Floats], following: Level
+) -> Floats:
+    """Follow the polynomial through the last slopes (linear multistep method).
+
+    Adams and Bashforth's method for steps of any length; newest last, four at most.
+    """
+    weights = lagrange_weights([float(s) for s in sigmas], float(following))
+    return x + sum(weight * slope for weight, slope in zip(weights, slopes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LMSConfig(SigmaConfig):
+    """Options of `LMSDiscreteScheduler`."""
+
+    rescale_betas_zero_snr: ClassVar[bool] = False  # no option here
+
+
+class LMSDiscreteScheduler(SigmaScheduler):
+    """Linear multistep in σ, of order 4: one call of the network for each step."""
+
+    config_class = LMSConfig
+    accepts = HeunDiscreteScheduler.accepts
+
+    def advance(self, x: Floats, x0: Floats, i: int, generator) -> Floats:
+        self.remember(self.sigmas[i], (x - x0) / self.sigmas[i], 4)
+        return lms_step(x, *zip(*self.history), self.sigmas[i + 1])
+
+
+def transfer(x: Floats, noise: Floats, alpha_bar: Level, following: Level) -> Floats:
+    """To the next ᾱ along this noise: DDIM, in the form of Liu et al. (2022)."""
+    roots = alpha_bar * (1 - following).sqrt()
+    roots = roots + (alpha_bar * (1 - alpha_bar) * following).sqrt()
+    weight = (following - alpha_bar) / roots
+    return (following / alpha_bar).sqrt() * x - weight * noise
+
+
+def plms_noise(noises: Sequence[Floats]) -> Floats:
+    """The last noises as one, by Adams and Bashforth (equation 12 for four)."""
+    weights = lagrange_weights(range(len(noises)), len(noises))
+    return sum(weight * noise for weight, noise in zip(weights, noises))
+
+
+def runge_kutta_noise(noises: Sequence[Floats]) -> Floats:
+    """One noise from those at the start, twice in the middle, and the end (eq. 13)."""
+    start, middle, middle_again, end = noises
+    return (start + 2 * middle + 2 * middle_again + end) / 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class PNDMConfig(SchedulerConfig):
+    """Options of `PNDMScheduler`. Stable Diffusion sets `skip_prk_steps=True`."""
+
+    skip_prk_steps: bool = False
+    set_alpha_to_one: bool = False
+    rescale_betas_zero_snr: ClassVar[bool] = False  # no option here
+
+
+class PNDMTimesteps(InOrder, Sampler):
+    """Where `PNDMScheduler` asks the network: more often than n times."""
+
+    config_class = PNDMConfig
+    accepts = {"rescale_betas_zero_snr": (False,)}
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        if not self.config.set_alpha_to_one:
+            self.final_alpha_bar = self.alphas_cumprod[0]
+
+    def set_timesteps(self, num_inference_steps: int) -> None:
+        super().set_timesteps(num_inference_steps)
+        self.stride = self.num_train_timesteps // num_inference_steps
+        visited, warm_up = self.timesteps.tolist(), []
+        if self.config.skip_prk_steps:
+            visited = visited[:2] + visited[1:]
+        else:
+            for upper, lower in zip(visited[:3], visited[1:4]):
+                middle = lower + self.stride // 2
+                warm_up += [upper, middle, middle, lower]
+            visited = visited[len(warm_up) // 4 :]
+        self.num_runge_kutta = len(warm_up)
+        self.timesteps = torch.tensor(warm_up + visited)
+
+
+class PNDMMoves(PNDMTimesteps):
+    """The two kinds of steps that `PNDMScheduler` makes."""
+
+    def move(self, x: Floats, output: Floats, t: int, previous: int) -> Floats:
+        """From t to another timestep, along the noise that the output amounts to."""
+        _, noise = self.split(output, t, x)
+        alpha_bar, following = self.alphas_cumprod[[t, max(previous, 0)]]
+        if previous < 0:
+            following = self.final_alpha_bar
+        return transfer(x, noise, alpha_bar, following)
+
+    def runge_kutta_step(self, output: Floats, t: int, x: Floats, i: int) -> Floats:
+        stage = i % 4
+        if stage == 0:
+            self.start, self.stages = x, []
+            self.history.append(output)
+        self.stages.append(output)
+        if stage == 3:
+            output = runge_kutta_noise(self.stages)
+        previous = t if stage % 2 else t - self.stride // 2
+        return self.move(self.start, output, int(self.timesteps[i - stage]), previous)
+
+    def multistep(self, output: Floats, t: int, x: Floats, i: int) -> Floats:
+        if i == 1:  # the first step once more, with the mean of what both its ends say
+            output = (self.history[0] + output) / 2
+            return self.move(self.start, output, t + self.stride, t)
+        self.start, self.history = x, [*self.history, output][-4:]
+        return self.move(x, plms_noise(self.history), t, t - self.stride)
+
+
+class PNDMScheduler(PNDMMoves):
+    """Pseudo numerical methods of Liu et al. (2022): Adams and Bashforth on the noise.
+
+    The first three steps have too little history. They are Runge and Kutta's, four
+    calls each; or, with `skip_prk_steps`, of lower order, the first of them made twice.
+
+    As in diffusers, a step from t leads to `t - num_train_timesteps // n` for every
+    spacing (see `DDIMScheduler`), and outputs are averaged before `v_prediction` is
+    turned into noise. Where diffusers fails, we do not: at n = 1000 an offset shrinks
+    to what fits, n below 4 makes n - 1 steps of Runge and Kutta's, and
+    `prediction_type="sample"` works.
+    """
+
+    def find(self, t: SupportsFloat) -> int:
+        if float(t) != self.timesteps[0]:
+            raise ValueError(
+                f"timestep {float(t):g} cannot be the first: PNDM's warm-up begins at "
+                f"{self.timesteps[0]}; call set_timesteps(n) and begin there"
+            )
+        return 0
+
+    def step(
+        self,
+        model_output: Float[Tensor, "*shape"],
+        t: SupportsFloat,
+        sample: Float[Tensor, "*shape"],
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Float[Tensor, "*shape"]:
+        """x at the next of `timesteps`. ValueError for a t out of order."""
+        i = self.place(t)
+        warm_up = i < self.num_runge_kutta
+        advance = self.runge_kutta_step if warm_up else self.multistep
+        result = advance(model_output, int(t), sample, i)
+        self.position = i + 1
+        return result
+
+
+def unit_shares(sigma: Floats) -> tuple[Floats, Floats]:
+    """σ as (√ᾱ, √(1-ᾱ)): the shares of signal and noise at variance 1."""
+    signal = 1 / (sigma**2 + 1).sqrt()
+    return signal, sigma * signal
+
+
+def log_snr(sigma: Floats) -> Floats:
+    """λ = log(√ᾱ / √(1-ᾱ)) = -log σ: half the log of the signal-to-noise ratio."""
+    return -sigma.log()
+
+
+def dpmpp_2m_step(
+    x: Floats, sigmas: Sequence[Level], x0s: Sequence[Floats], following: Level
+) -> Floats:
+    """DPM-Solver++(2M): x0 goes on as it went, and the rest is solved exactly.
+
+    x has variance 1. `sigmas` and `x0s` hold this step's and the one's before, newest
+    last; with one entry it is DDIM. Lu et al. (2022b), algorithm 2.
+    """
+    signal, spread = unit_shares(following)
+    _, spread_now = unit_shares(sigmas[-1])
+    h = log_snr(following) - log_snr(sigmas[-1])
+    x0 = x0s[-1]
+    if len(x0s) > 1:
+        h_before = log_snr(sigmas[-1]) - log_snr(sigmas[-2])
+        x0 = x0 + h / (2 * h_before) * (x0 - x0s[-2])
+    return spread / spread_now * x - signal * torch.expm1(-h) * x0
+
+
+class SolverScheduler(SigmaScheduler):
+    """A sampler of x at variance 1, the network's own scale, that counts in λ.
+
+    Timesteps are whole numbers. n of them are the noisiest of n + 1, for the last
+    step ends at σ = 0 anyway. With about 1000 steps two can have the same σ, and
+    diffusers divides by zero; here such a step changes nothing.
+    """
+
+    accepts = SigmaScheduler.accepts | {
+        "solver_order": (2,),
+        "final_sigmas_type": ("zero",),
+        "use_flow_sigmas": (False,),
+        "use_dynamic_shifting": (False,),
+    }
+    init_noise_sigma = 1.0
+
+    def shares(self, sigma: Floats) -> tuple[Floats, Floats]:
+        return unit_shares(sigma)
+
+    def scale_model_input(self, x: Floats, t: SupportsFloat) -> Floats:
+        return x
+
+    def whole(self, timesteps: np.ndarray) -> np.ndarray:
+        """The whole timesteps that stand for Karras' fractions."""
+        return timesteps.round().astype(np.int64)
+
+    def choose(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        config, every = self.config, np.arange(self.num_train_timesteps)
+        if config.use_karras_sigmas:
+            table = self.training_sigmas
+            sigmas = karras_sigmas(float(table[-1]), float(table[0]), n)
+            return self.whole(np.interp(np.log(sigmas), np.log(table), every)), sigmas
+        # diffusers gives 1000 leading steps one timestep 1000 times over. Not here.
+        leading = config.timestep_spacing == "leading"
+        points = min(n + 1, len(every)) if leading else n + 1
+        steps = spaced_timesteps(
+            config.timestep_spacing, n, points, len(every), config.steps_offset
+        )[:n].round().astype(np.int64)
+        return steps, np.interp(steps, every, self.training_sigmas)
+
+
+class DPMSolverMultistepScheduler(SolverScheduler):
+    """DPM-Solver++(2M) of Lu et al. (2022b); the last step, to σ = 0, is DDIM's."""
+
+    accepts = SolverScheduler.accepts | {
+        "algorithm_type": ("dpmsolver++", "deis"),
+        "solver_type": ("midpoint", "bh1", "bh2", "logrho"),
+        "use_lu_lambdas": (False,),
+        "lambda_min_clipped": (-math.inf,),
+    }
+
+    def whole(self, timesteps: np.ndarray) -> np.ndarray:
+        if self.config.beta_schedule == "squaredcos_cap_v2":
+            return timesteps.astype(np.int64)  # rounded down, as in diffusers
+        return super().whole(timesteps)
+
+    def advance(self, x: Floats, x0: Floats, i: int, generator) -> Floats:
+        self.remember(self.sigmas[i], x0, 2)
+        last = i == len(self.timesteps) - 1
+        sigmas, x0s = zip(*self.history[-1 if last else -2 :])
+        return dpmpp_2m_step(x, sigmas, x0s, self.sigmas[i + 1])
+
+
+def unic_step(
+    x: Floats,
+    sigmas: Sequence[Level],
+    x0s: Sequence[Floats],
+    arrived: Level,
+    x0: Floats,
+) -> Floats:
+    """UniC: the step from x again, now that x0 at its end is known as well.
+
+    Exact for x0s that lie on a parabola in λ; with none but those at both ends it
+    takes their mean. Zhao et al. (2023), section 3, with B(h) = exp(-h) - 1.
+    """
+    signal, spread = unit_shares(arrived)
+    _, spread_before = unit_shares(sigmas[-1])
+    h = log_snr(arrived) - log_snr(sigmas[-1])
+    decay = torch.expm1(-h)
+    change = (x0 - x0s[-1]) / 2
+    if len(x0s) > 1:
+        r = (log_snr(sigmas[-2]) - log_snr(sigmas[-1])) / h
+        line = (-decay / h - 1) / decay  # the weight of x0 that goes as λ
+        square = 2 * ((decay / h + 1) / h - 0.5) / decay  # and as λ²
+        before = (line - square) / (1 - r)
+        change = before / r * (x0s[-2] - x0s[-1]) + (line - before) * (x0 - x0s[-1])
+    return spread / spread_before * x - signal * decay * (x0s[-1] + change)
+
+
+class UniPCMultistepScheduler(SolverScheduler):
+    """UniPC of Zhao et al. (2023), order 2: first correct where we are, then go on."""
+
+    accepts = SolverScheduler.accepts | {
+        "solver_type": ("bh2", "midpoint", "heun", "logrho"),
+        "predict_x0": (True,),
+        "lower_order_final": (True,),
+        "disable_corrector": ([],),
+        "solver_p": (None,),
+        "sigma_min": (None,),
+        "sigma_max": (None,),
+        "shift_terminal": (None,),
+    }
+
+    def advance(self, x: Floats, x0: Floats, i: int, generator) -> Floats:
+        if self.history and self.history[-1][0] != self.sigmas[i]:
+            x = unic_step(self.corrected, *zip(*self.history), self.sigmas[i], x0)
+        self.remember(self.sigmas[i], x0, 2)
+        self.corrected = x
+        last = i == len(self.timesteps) - 1
+        sigmas, x0s = zip(*self.history[-1 if last else -2 :])
+        return dpmpp_2m_step(x, sigmas, x0s, self.sigmas[i + 1])
+
+
+def euler_ancestral_step(
+    x: Floats, x0: Floats, sigma: Level, following: Level, noise: Floats
+) -> Floats:
+    """Go down farther than the next σ, and come up to it with fresh noise.
+
+    The posterior of DDPM (Ho et al., 2020, equation 7) for x = x0 + sigma * noise.
+    """
+    ratio = following / sigma
+    down, up = following * ratio, following * (1 - ratio**2).sqrt()
+    return euler_step(x, x0, sigma, down) + up * noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class EulerAncestralConfig(SigmaConfig):
+    """Options of `EulerAncestralDiscreteScheduler`."""
+
+    use_karras_sigmas: ClassVar[bool] = False  # no option here
+
+
+class EulerAncestralDiscreteScheduler(SigmaScheduler):
+    """Euler's method with fresh noise in every step. The name for it is `euler_a`."""
+
+    config_class = EulerAncestralConfig
+    accepts = {}
+
+    def advance(self, x: Floats, x0: Floats, i: int, generator) -> Floats:
+        noise = noise_like(x, generator)
+        return euler_ancestral_step(x, x0, *self.sigmas[i : i + 2], noise)
+
+
+SCHEDULERS.update(
+    pndm=PNDMScheduler,
+    lms=LMSDiscreteScheduler,
+    euler=EulerDiscreteScheduler,
+    euler_a=EulerAncestralDiscreteScheduler,
+    heun=HeunDiscreteScheduler,
+    dpmpp_2m=DPMSolverMultistepScheduler,
+    unipc=UniPCMultistepScheduler,
+)
+OPTIONS_ELSEWHERE.update(["use_dynamic_shifting", "time_shift_type", "shift_terminal"])

@@ -125,9 +125,10 @@ def test_a_picture_says_how_it_was_made(draw, model):
         [],
         ["--negative_prompt", "a dark, 'quoted' boat", "--seed", "3"],
         ["--scheduler", "ddpm", "--image_size", "32", "--guidance_scale", "1"],
+        ["--scheduler", "dpmpp_2m"],
         ["--dtype", "bfloat16"],
     ],
-    ids=["plain", "negative", "others", "bfloat16"],
+    ids=["plain", "negative", "others", "solver", "bfloat16"],
 )
 def test_the_metadata_make_the_same_picture_again(draw, tmp_path, flags):
     first = Image.open(draw(*flags, prompt=['a "red" star, über alles']))
