@@ -3,7 +3,7 @@
 The UNet is trained twice: on scenes of one thing, then on all. In between it has to
 learn 500 scenes by heart, as a check of all that comes before (tools/gates.py).
 
-    python tools/train_scenes.py                a computer without a GPU: two hours
+    python tools/train_scenes.py                a computer without a GPU: some hours
     python tools/train_scenes.py --gpu          one GPU with bfloat16, larger
 
 Started again, it goes on where it was stopped. Checkpoints and caches go to runs/.
