@@ -72,7 +72,7 @@ def test_its_vae_keeps_what_the_judge_reads(pipe):
 
 def test_it_passes_the_first_gates(capsys):
     tool = load_tool("gates")
-    assert tool.main([str(MODEL), "--count", "100"]) == 0
+    assert tool.main([str(MODEL), "--count", "200"]) == 0
     said = capsys.readouterr().out
     assert said.count("passed") == 2 and "NOT" not in said
 
