@@ -477,7 +477,8 @@ class Scenes(Dataset):
     (each shows something that the other two never do). Items are
     `(pixels, caption)`: float32 (3, size, size) from -1 to 1, and a sentence.
     `length` says where an epoch ends; `scene(i)` knows no end. `kinds` are the kinds
-    of prompt to show (not of held-out scenes), each as often as in `KINDS`.
+    of prompt to show (not of held-out scenes), each as often as in `KINDS`, or twice
+    as often when it is named twice.
     """
 
     def __init__(
@@ -492,9 +493,11 @@ class Scenes(Dataset):
             raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
         if size % 64 or size <= 0:
             raise ValueError(f"size {size} must be a multiple of 64, such as 64 or 128")
-        self.odds = {kind: KINDS[kind] for kind in KINDS if kind in set(kinds)}
-        if not self.odds or set(kinds) - set(KINDS):
-            raise ValueError(f"kinds {list(kinds)}; name some of {', '.join(KINDS)}")
+        kinds = list(kinds)
+        if not kinds or set(kinds) - set(KINDS):
+            raise ValueError(f"kinds {kinds}; name some of {', '.join(KINDS)}")
+        odds = {kind: KINDS[kind] * kinds.count(kind) for kind in KINDS}
+        self.odds = {kind: share for kind, share in odds.items() if share}
         self.size, self.split, self.seed, self.length = size, split, seed, length
 
     def __len__(self) -> int:

@@ -137,7 +137,8 @@ class RunConfig:
     Attributes:
         dataset_path: "scenes" for the book's own world, or a folder of pictures.
         num_pictures: how many of the endless scenes to use.
-        kinds: kinds of scene to show (chapter 4's `KINDS`); none named: all.
+        kinds: kinds of scene to show (chapter 4's `KINDS`); none named: all; one that
+            is named twice is shown twice as often.
         output_dir: where the model, checkpoints and the log (log.jsonl) go.
         image_size: pictures are cut to squares of this side, in pixels.
         batch_size: pictures in one optimiser step, over all processes.

@@ -299,6 +299,13 @@ def test_wrong_arguments_are_named(wrong):
         Scenes(**wrong)
 
 
+def test_a_kind_that_is_named_twice_is_shown_twice_as_often():
+    once = Scenes(kinds=["position", "single"]).odds
+    twice = Scenes(kinds=["single", "position", "position"]).odds
+    assert twice == {"single": once["single"], "position": 2 * once["position"]}
+    assert list(once) == list(twice)
+
+
 def test_some_kinds_alone():
     scenes = Scenes(kinds=["counting"])
     assert {len(scenes.scene(i).things) for i in range(40)} == {2, 3}
