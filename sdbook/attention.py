@@ -11,6 +11,8 @@ from torch.nn import functional as F
 __all__ = [
     "attention",
     "fused_attention",
+    "KeysValues",
+    "repeat_like",
     "Attention",
     "GEGLU",
     "FeedForward",
@@ -52,12 +54,24 @@ def fused_attention(
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
+KeysValues = tuple[Tensor, Tensor]  # each (b, heads, m, d)
+
+
+def repeat_like(x: Float[Tensor, "b *shape"], y: Tensor) -> Float[Tensor, "c *shape"]:
+    """x over and over, until it has as many items as y."""
+    if len(x) == len(y):
+        return x
+    return x.repeat(len(y) // len(x), *[1] * (x.ndim - 1))
+
+
 class Attention(nn.Module):
     """Multi-head attention from tokens to a context, or to themselves.
 
     x (b, n, query_dim) and context (b, m, context_dim) give (b, n, query_dim).
-    Without `context_dim` it is self-attention. Raises ValueError when the heads
-    do not divide `query_dim`. From Vaswani et al. (2017), section 3.2.2.
+    In place of a context it takes what it has `read` before. There may be several
+    contexts to each x: those of picture k are k, k + b, k + 2b, …, and so are the
+    results. Without `context_dim` it is self-attention. Raises ValueError when the
+    heads do not divide `query_dim`. From Vaswani et al. (2017), section 3.2.2.
     """
 
     def __init__(
@@ -80,18 +94,22 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, query_dim, bias=qkv_bias)
         self.to_out = nn.Sequential(nn.Linear(query_dim, query_dim))
 
+    def split(self, x: Float[Tensor, "b n dim"]) -> Float[Tensor, "b heads n d"]:
+        return rearrange(x, "b n (heads d) -> b heads n d", heads=self.num_heads)
+
+    def read(self, context: Float[Tensor, "b m context_dim"]) -> KeysValues:
+        """The context's keys and values: all that attention needs of it."""
+        return self.split(self.to_k(context)), self.split(self.to_v(context))
+
     def forward(
         self,
         x: Float[Tensor, "b n dim"],
-        context: Float[Tensor, "b m context_dim"] | None = None,
+        context: Float[Tensor, "texts m context_dim"] | KeysValues | None = None,
         mask: Bool[Tensor, "*masked n m"] | None = None,
-    ) -> Float[Tensor, "b n dim"]:
+    ) -> Float[Tensor, "texts n dim"]:
         context = x if context is None else context
-        query, key, value = self.to_q(x), self.to_k(context), self.to_v(context)
-        split = "b n (heads d) -> b heads n d"
-        query, key, value = (
-            rearrange(y, split, heads=self.num_heads) for y in (query, key, value)
-        )
+        key, value = context if isinstance(context, tuple) else self.read(context)
+        query = repeat_like(self.split(self.to_q(x)), key)
         out = fused_attention(query, key, value, mask)
         return self.to_out(rearrange(out, "b heads n d -> b n (heads d)"))
 
@@ -131,7 +149,9 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward, each added to its input.
 
-    x (b, n, dim) and context (b, m, context_dim) give (b, n, dim).
+    x (b, n, dim) and context (b, m, context_dim) give (b, n, dim). A context may
+    be a dict with what each block has read already, and there may be several to
+    each x (see `Attention`).
     """
 
     def __init__(self, dim: int, num_heads: int, context_dim: int = 768):
@@ -146,10 +166,12 @@ class TransformerBlock(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n dim"],
-        context: Float[Tensor, "b m context_dim"],
-    ) -> Float[Tensor, "b n dim"]:
+        context: Float[Tensor, "texts m context_dim"] | dict,
+    ) -> Float[Tensor, "texts n dim"]:
+        text = context[self] if isinstance(context, dict) else context
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
+        heard = self.attn2(self.norm2(x), text)
+        x = repeat_like(x, heard) + heard
         return x + self.ff(self.norm3(x))
 
 
@@ -179,11 +201,11 @@ class SpatialTransformer(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b c h w"],
-        context: Float[Tensor, "b m context_dim"],
-    ) -> Float[Tensor, "b c h w"]:
+        context: Float[Tensor, "texts m context_dim"] | dict,
+    ) -> Float[Tensor, "texts c h w"]:
         height, width = x.shape[-2:]
         tokens = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
         out = rearrange(tokens, "b (h w) c -> b c h w", h=height, w=width)
-        return x + self.proj_out(out)
+        return repeat_like(x, out) + self.proj_out(out)

@@ -9,6 +9,7 @@ import math
 import os
 import random
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .clip import CLIPTextConfig, CLIPTextModel, Tokenizer
@@ -27,7 +29,7 @@ from .schedulers import (
     noise_like,
     scheduler_class,
 )
-from .unet import UNet
+from .unet import Text, UNet
 from .vae import AutoencoderKL
 from .weights import WeightsError, read_json, write_json
 
@@ -51,8 +53,15 @@ __all__ = [
     "check_latents",
     "prepare_seeds",
     "prepare_guidance",
+    "prepare_strength",
     "prepare_eta",
     "SizedPipeline",
+    "picture_size",
+    "as_pixels",
+    "one_each",
+    "Original",
+    "FromPictures",
+    "Denoising",
     "StableDiffusion",
 ]
 
@@ -303,21 +312,32 @@ class SamplingSteps(StoredPipeline):
         """Texts to the sequence of embeddings that the UNet attends to."""
         return self.text_encoder(self.tokenizer(prompts).to(self.device))
 
+    def read_prompts(self, prompts: list[str], negatives: list[str] = ()) -> Text:
+        """What the UNet reads in prompts, and in those to walk away from."""
+        with torch.no_grad():
+            return self.unet.read(self.encode_prompt([*negatives, *prompts]))
+
     @torch.no_grad()
     def predict(
         self,
         latents: Float[Tensor, "b c h w"],
         t: int | float,
-        context: Float[Tensor, "b n d"],
+        context: Text,
         uncond: Float[Tensor, "b n d"] | None = None,
         guidance_scale: int | float = 1.0,
+        time: Float[Tensor, "1 time_dim"] | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        """The UNet's answer at timestep t, guided away from `uncond` if given."""
+        """The UNet's answer at timestep t, guided away from `uncond` if given.
+
+        In place of both texts, `context` may be what `read_prompts` gave, and `time`
+        the embedding of t.
+        """
         x = self.scheduler.scale_model_input(latents, t).to(self.dtype)
-        if uncond is None:
-            return self.unet(x, t, context).to(latents.dtype)
-        both = self.unet(torch.cat([x, x]), t, torch.cat([uncond, context]))
-        return guide(*both.to(latents.dtype).chunk(2), guidance_scale)
+        texts = context if uncond is None else torch.cat([uncond, context])
+        answers = self.unet(x, t, texts, time).to(latents.dtype)
+        if len(answers) == len(latents):
+            return answers
+        return guide(*answers.chunk(2), guidance_scale)
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b c h w"], output_type: str = "pil"):
@@ -418,6 +438,23 @@ def prepare_guidance(scale: int | float, negatives: list[str]) -> bool:
     return scale > 1
 
 
+def prepare_strength(strength, image, mask, steps: int) -> int | float:
+    """The share of the steps to make: 0.8 by default, and 1 with a mask."""
+    if image is None and (mask is not None or strength is not None):
+        given = "mask" if mask is not None else "strength"
+        raise ValueError(f"{given} without image; pass the picture to start from")
+    if strength is None:
+        return 0.8 if mask is None else 1.0
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength={strength}: expected more than 0, up to 1")
+    if int(steps * strength) < 1:
+        raise ValueError(
+            f"strength={strength} of {steps} steps is less than one step; "
+            "raise strength or num_inference_steps"
+        )
+    return strength
+
+
 def prepare_eta(scheduler: Scheduler, eta: int | float) -> dict[str, int | float]:
     """The scheduler's options for eta; ValueError if it has none."""
     if eta == 0:
@@ -441,7 +478,6 @@ class SizedPipeline(SamplingSteps):
     ) -> tuple[int, int, int, int]:
         """(b, c, h, w) of the latents for a call; ValueError if they cannot be."""
         factor, unet = self.vae.config.downscale, self.unet.config
-        step = factor * 2 ** (len(unet.block_out_channels) - 1)
         if latents is not None:
             check_latents(latents, count)
             default = latents.shape[2:]
@@ -453,11 +489,11 @@ class SizedPipeline(SamplingSteps):
             for given, cells in zip((height, width), default)
         ]
         for name, side in zip(("height", "width"), sides):
-            if side < step or side % step:
-                lower = max(side // step, 1) * step
+            if side < factor or side % factor:
+                lower = max(side // factor, 1) * factor
                 raise ValueError(
-                    f"{name}={side}: this model draws multiples of {step} pixels; "
-                    f"try {lower} or {lower + step}"
+                    f"{name}={side}: this model draws multiples of {factor} pixels; "
+                    f"try {lower} or {lower + factor}"
                 )
         shape = count, unet.in_channels, *(side // factor for side in sides)
         if latents is not None and tuple(latents.shape) != shape:
@@ -469,7 +505,165 @@ class SizedPipeline(SamplingSteps):
         return shape
 
 
-class StableDiffusion(SizedPipeline):
+def picture_size(image) -> tuple[int, int]:
+    """Height and width of the pictures of a call; ValueError for what is none."""
+    several = isinstance(image, list | tuple) and len(image) > 0
+    if all(isinstance(one, Image.Image) for one in (image if several else [image])):
+        first = image[0] if several else image
+        return first.height, first.width
+    if isinstance(image, np.ndarray) and image.ndim in (3, 4):
+        return image.shape[-3:-1]
+    if isinstance(image, Tensor) and image.ndim in (3, 4):
+        return tuple(image.shape[-2:])
+    raise ValueError(
+        f"a picture of type {type(image).__name__}; pass a PIL image or a list of "
+        "them, an array (b, h, w, 3) or a tensor (b, 3, h, w), values from 0 to 1"
+    )
+
+
+def as_pixels(
+    pictures, height: int, width: int, mode: str = "RGB"
+) -> Float[Tensor, "b c h w"]:
+    """Pictures as a tensor with values in [0, 1]; with mode "L", of one channel.
+
+    PIL images are resized. Raises ValueError for arrays of another size or range.
+    """
+    channels = len(mode)
+    if getattr(pictures, "ndim", None) == 2:  # a mask without an axis of channels
+        is_array = isinstance(pictures, np.ndarray)
+        pictures = pictures[..., None] if is_array else pictures[None]
+    picture_size(pictures)  # refuses what is none
+    if isinstance(pictures, Image.Image):
+        pictures = [pictures]
+    if isinstance(pictures, list | tuple):
+        resized = [one.resize((width, height), Image.LANCZOS) for one in pictures]
+        arrays = [np.asarray(one.convert(mode), np.float32) / 255 for one in resized]
+        pictures = np.stack(arrays).reshape(-1, height, width, channels)
+    if isinstance(pictures, np.ndarray):
+        pictures = torch.from_numpy(pictures).movedim(-1, -3)
+    pixels = pictures.float().reshape(-1, *pictures.shape[-3:])
+    if pixels.shape[1:] != (channels, height, width):
+        raise ValueError(
+            f"a picture or mask of shape {tuple(pixels.shape)}, expected (b, "
+            f"{channels}, {height}, {width}); resize it, or pass PIL images"
+        )
+    if pixels.min() < 0 or pixels.max() > 1:
+        raise ValueError(
+            f"a picture or mask with values from {pixels.min():g} to "
+            f"{pixels.max():g}; expected 0 to 1"
+        )
+    return pixels
+
+
+def one_each(pictures: Float[Tensor, "b *shape"], count: int) -> Tensor:
+    """`count` pictures: each of those given as often as its prompt is drawn."""
+    if count % len(pictures):
+        raise ValueError(
+            f"{len(pictures)} pictures or masks for {count} to draw; pass one for all, "
+            "or one for each prompt"
+        )
+    return pictures.repeat_interleave(count // len(pictures), dim=0)
+
+
+@dataclass
+class Original:
+    """The picture that a call starts from, as latents, and the noise on it.
+
+    `mask` (b, 1, h, w) is 1 where the picture may change; None: everywhere.
+    """
+
+    x0: Float[Tensor, "b c h w"]
+    noise: Float[Tensor, "b c h w"]
+    mask: Float[Tensor, "b 1 h w"] | None = None
+
+    def put_back(
+        self, x: Tensor, scheduler: Scheduler, t: int | float | None = None
+    ) -> Float[Tensor, "b c h w"]:
+        """x, with the rest of the picture as it is at timestep t (None: at the end)."""
+        if self.mask is None:
+            return x
+        known = self.x0
+        if t is not None:
+            known = scheduler.add_noise(self.x0, self.noise, t)
+        return self.mask * x + (1 - self.mask) * known
+
+
+class FromPictures(SizedPipeline):
+    """A pipeline that can start from a picture."""
+
+    @torch.no_grad()
+    def encode(
+        self, pixels: Float[Tensor, "b c h w"], generators=None
+    ) -> Float[Tensor, "b c2 h2 w2"]:
+        """Pixels in [0, 1] to latents as the UNet sees them, drawn by the VAE."""
+        dtype = next(self.vae.parameters()).dtype
+        posterior = self.vae.encode((2 * pixels - 1).to(self.device, dtype))
+        mean, std = posterior.mean.float(), posterior.std.float()
+        drawn = mean + std * noise_like(mean, generators)
+        return drawn * self.vae.config.scaling_factor
+
+    def size_like(self, image, height: int | None, width: int | None):
+        """Height and width as given, or else the picture's, down to whole cells."""
+        factor, sides = self.vae.config.downscale, picture_size(image)
+        fitting = [max(side // factor, 1) * factor for side in sides]
+        if not isinstance(image, Image.Image | list | tuple):
+            fitting = sides  # arrays are not resized
+        given = zip((height, width), fitting)
+        return [default if side is None else side for side, default in given]
+
+    def prepare_pictures(self, image, mask, shape: tuple[int, ...]):
+        """Pixels (b, 3, H, W), and the mask for latents of this shape, or None."""
+        if image is None:
+            return None, None
+        sides = [side * self.vae.config.downscale for side in shape[2:]]
+        pixels = one_each(as_pixels(image, *sides), shape[0])
+        if mask is None:
+            return pixels, None
+        mask = (as_pixels(mask, *sides, mode="L") >= 0.5).float()
+        mask = one_each(F.interpolate(mask, size=shape[2:]), shape[0])
+        return pixels, mask.to(self.device)
+
+    def start(
+        self, noise: Tensor, original: Original | None, strength: int | float
+    ) -> Float[Tensor, "b c h w"]:
+        """What the first step begins with; fewer steps for a `strength` below 1."""
+        scheduler = self.scheduler
+        all_new = original is None or (strength == 1 and original.mask is not None)
+        if all_new:
+            return noise * scheduler.init_noise_sigma
+        steps = scheduler.num_inference_steps
+        scheduler.skip(steps - int(steps * strength))
+        return scheduler.add_noise(original.x0, noise, scheduler.timesteps[:1])
+
+
+class Denoising(FromPictures):
+    """The loop of sampling."""
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        x: Float[Tensor, "b c h w"],
+        text: Text,
+        guidance_scale: int | float,
+        original: Original | None = None,
+        callback: Callable[[int, int | float, Tensor], None] | None = None,
+        progress: bool = True,
+        **options,
+    ) -> Float[Tensor, "b c h w"]:
+        """From noise to latents, over all of the scheduler's timesteps."""
+        times = self.unet.embed_time(self.scheduler.timesteps.to(self.device))
+        timesteps = self.scheduler.timesteps.tolist()
+        for i, t in enumerate(tqdm(timesteps, disable=not progress)):
+            output = self.predict(x, t, text, None, guidance_scale, times[i : i + 1])
+            x = self.scheduler.step(output, t, x, **options)
+            if original is not None:
+                x = original.put_back(x, self.scheduler, *timesteps[i + 1 : i + 2])
+            if callback is not None:
+                callback(i, t, x)
+        return x
+
+
+class StableDiffusion(Denoising):
     """Text to picture with latent diffusion (Rombach et al., 2022).
 
     Made of its parts, each an attribute: `vae`, `text_encoder`, `tokenizer`, `unet`
@@ -491,8 +685,11 @@ class StableDiffusion(SizedPipeline):
         latents: Float[Tensor, "b c h w"] | None = None,
         output_type: str = "pil",
         *,
+        image=None,
+        strength: int | float | None = None,
+        mask=None,
         eta: int | float = 0.0,
-        callback=None,
+        callback: Callable[[int, int | float, Tensor], None] | None = None,
         progress: bool = True,
     ) -> Pictures:
         """Draw pictures of a prompt, or of a list of prompts.
@@ -507,30 +704,37 @@ class StableDiffusion(SizedPipeline):
         too, as in diffusers, where the formula would fade the prompt out.
         `callback(step, t, latents)` is called after each step.
 
+        With `image`, one for all or one for each prompt, that picture is redrawn, by
+        `strength` of the steps (0.8); with a `mask` only where it is white, and by
+        all of them. The size is then the picture's.
+
         Raises ValueError for anything that cannot be drawn, before drawing starts.
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
         prompts, negatives = prepare_prompts(
             prompt, negative_prompt, num_images_per_prompt
         )
+        strength = prepare_strength(strength, image, mask, num_inference_steps)
+        if image is not None:
+            height, width = self.size_like(image, height, width)
         shape = self.latent_shape(len(prompts), height, width, latents)
+        pixels, mask = self.prepare_pictures(image, mask, shape)
         seeds = prepare_seeds(seed, len(prompts))
         guided = prepare_guidance(guidance_scale, negatives)
         options = prepare_eta(self.scheduler, eta)
         self.scheduler.set_timesteps(num_inference_steps)
 
-        context = self.encode_prompt(prompts)
-        uncond = self.encode_prompt(negatives) if guided else None
+        text = self.read_prompts(prompts, negatives if guided else [])
         generators = [torch.Generator().manual_seed(one) for one in seeds]
+        x0 = None if pixels is None else self.encode(pixels, generators)
         if latents is None:
             latents = noise_like(torch.empty(shape), generators)
         # 25 small steps in half precision would add up 25 roundings.
-        x = latents.to(self.device, torch.promote_types(self.dtype, torch.float32))
-        x = x * self.scheduler.init_noise_sigma
-        timesteps = self.scheduler.timesteps.tolist()
-        for step, t in enumerate(tqdm(timesteps, disable=not progress)):
-            output = self.predict(x, t, context, uncond, guidance_scale)
-            x = self.scheduler.step(output, t, x, generator=generators, **options)
-            if callback is not None:
-                callback(step, t, x)
+        noise = latents.to(self.device, torch.promote_types(self.dtype, torch.float32))
+        original = None if x0 is None else Original(x0, noise, mask)
+        x = self.start(noise, original, strength)
+        x = self.denoise(
+            x, text, guidance_scale, original, callback, progress,
+            generator=generators, **options,
+        )  # fmt: skip
         return Pictures(self.decode(x, output_type), seeds)

@@ -44,7 +44,8 @@ class TimestepMLP(nn.Module):
 class ResBlock(nn.Module):
     """Two convolutions, told the time in between, added to their input.
 
-    x (b, in_channels, h, w) and time (b, time_dim) give (b, out_channels, h, w).
+    x (b, in_channels, h, w) and time (b, time_dim), or (1, time_dim) for all, give
+    (b, out_channels, h, w).
     With `time_dim` None the block takes no time, as in the VAE.
     From He et al. (2016) and Ho et al. (2020), appendix B.
     """
@@ -72,7 +73,7 @@ class ResBlock(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b c h w"],
-        time: Float[Tensor, "b time_dim"] | None = None,
+        time: Float[Tensor, "#b time_dim"] | None = None,
     ) -> Float[Tensor, "b out h w"]:
         hidden = self.conv1(F.silu(self.norm1(x)))
         if time is not None:
@@ -100,11 +101,18 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Each pixel four times, then a 3x3 convolution: (b, c, h, w) -> (b, c, 2h, 2w)."""
+    """Each pixel four times, then a 3x3 convolution: (b, c, h, w) -> (b, c, 2h, 2w).
+
+    `size` (height, width) asks for another size, for maps that were halved from an
+    odd one: 5 rows become 3, and should become 5 again.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(
+        self, x: Float[Tensor, "b c h w"], size: tuple[int, int] | None = None
+    ) -> Float[Tensor, "b c h2 w2"]:
+        size = size or (2 * x.shape[-2], 2 * x.shape[-1])
+        return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))

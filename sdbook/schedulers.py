@@ -421,6 +421,18 @@ class Scheduler(ForwardProcess):
         self.num_inference_steps = n
         self.timesteps = torch.from_numpy(steps.astype(np.int64))
 
+    def skip(self, steps: int) -> None:
+        """Leave out the first steps of the run that `set_timesteps` chose.
+
+        For starting from a picture that is not all noise. ValueError if none is left.
+        """
+        if not 0 <= steps < self.num_inference_steps:
+            raise ValueError(
+                f"skip {steps} of {self.num_inference_steps} steps: at least one "
+                "has to be left"
+            )
+        self.timesteps = self.timesteps[steps:]
+
     def scale_model_input(
         self, x: Float[Tensor, "..."], t: int | float | Tensor
     ) -> Float[Tensor, "..."]:
@@ -764,6 +776,11 @@ class SigmaTable(InOrder):
         self.timesteps = torch.from_numpy(timesteps)
         self.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
 
+    def skip(self, steps: int) -> None:
+        entries = len(self.timesteps)
+        super().skip(steps)
+        self.sigmas = self.sigmas[entries - len(self.timesteps) :]
+
 
 class SigmaScales(SigmaTable):
     """How large x is: for the network, at the start, and in `add_noise`."""
@@ -906,6 +923,10 @@ class HeunDiscreteScheduler(SigmaScheduler):
         first, others, zero = self.sigmas[:1], self.sigmas[1:-1], self.sigmas[-1:]
         self.sigmas = torch.cat([first, others.repeat_interleave(2), zero])
 
+    def skip(self, steps: int) -> None:
+        super().skip(steps)
+        self.timesteps, self.sigmas = self.timesteps[steps:], self.sigmas[steps:]
+
     def advance(self, x: Floats, x0: Floats, i: int, generator) -> Floats:
         if self.config.clip_sample:
             limit = self.config.clip_sample_range
@@ -953,7 +974,11 @@ class LMSConfig(SigmaConfig):
 
 
 class LMSDiscreteScheduler(SigmaScheduler):
-    """Linear multistep in σ, of order 4: one call of the network for each step."""
+    """Linear multistep in σ, of order 4: one call of the network for each step.
+
+    A run that skips steps begins at order 1, like any other. (diffusers weighs its
+    first slopes as if there had been others before, and steps up to twice too far.)
+    """
 
     config_class = LMSConfig
     accepts = HeunDiscreteScheduler.accepts
@@ -1006,6 +1031,11 @@ class PNDMTimesteps(InOrder, Sampler):
     def set_timesteps(self, num_inference_steps: int) -> None:
         super().set_timesteps(num_inference_steps)
         self.stride = self.num_train_timesteps // num_inference_steps
+        self.visited = self.timesteps
+        self.add_warm_up()
+
+    def add_warm_up(self) -> None:
+        """Put the further calls of the first steps into `timesteps`."""
         visited, warm_up = self.timesteps.tolist(), []
         if self.config.skip_prk_steps:
             visited = visited[:2] + visited[1:]
@@ -1016,6 +1046,14 @@ class PNDMTimesteps(InOrder, Sampler):
             visited = visited[len(warm_up) // 4 :]
         self.num_runge_kutta = len(warm_up)
         self.timesteps = torch.tensor(warm_up + visited)
+
+    def skip(self, steps: int) -> None:
+        if self.config.skip_prk_steps:
+            super().skip(steps)
+        else:
+            self.timesteps = self.visited
+            super().skip(steps)
+            self.add_warm_up()
 
 
 class PNDMMoves(PNDMTimesteps):
@@ -1058,7 +1096,9 @@ class PNDMScheduler(PNDMMoves):
     spacing (see `DDIMScheduler`), and outputs are averaged before `v_prediction` is
     turned into noise. Where diffusers fails, we do not: at n = 1000 an offset shrinks
     to what fits, n below 4 makes n - 1 steps of Runge and Kutta's, and
-    `prediction_type="sample"` works.
+    `prediction_type="sample"` works. A run that skips steps has, with `skip_prk_steps`,
+    the timesteps that diffusers gives it: the second of them is then not a repetition,
+    and x stays one step noisier than the network is told. Other samplers suit better.
     """
 
     def find(self, t: SupportsFloat) -> int:

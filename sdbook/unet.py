@@ -11,7 +11,12 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import SpatialTransformer
+from .attention import (
+    KeysValues,
+    SpatialTransformer,
+    TransformerBlock,
+    repeat_like,
+)
 from .resblocks import (
     Downsample,
     ResBlock,
@@ -26,6 +31,7 @@ __all__ = [
     "check_levels",
     "UNetConfig",
     "pushed_channels",
+    "Text",
     "residual_block",
     "transformer",
     "DownBlock",
@@ -159,6 +165,10 @@ def pushed_channels(config: UNetConfig) -> list[int]:
     return channels
 
 
+# The text: its embeddings, or what each cross-attention has read of them already.
+Text = Float[Tensor, "texts n d"] | dict[TransformerBlock, KeysValues]
+
+
 def residual_block(config: UNetConfig, in_channels: int, out_channels: int) -> ResBlock:
     """A residual block that is told the time."""
     time_dim = 4 * config.block_out_channels[0]
@@ -202,9 +212,9 @@ class DownBlock(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b c h w"],
-        time: Float[Tensor, "b time_dim"],
-        context: Float[Tensor, "b n d"],
-    ) -> tuple[Float[Tensor, "b c2 h2 w2"], list[Tensor]]:
+        time: Float[Tensor, "#b time_dim"],
+        context: Text,
+    ) -> tuple[Float[Tensor, "b2 c2 h2 w2"], list[Tensor]]:
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time)
@@ -234,9 +244,9 @@ class MiddleBlock(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b c h w"],
-        time: Float[Tensor, "b time_dim"],
-        context: Float[Tensor, "b n d"],
-    ) -> Float[Tensor, "b c h w"]:
+        time: Float[Tensor, "#b time_dim"],
+        context: Text,
+    ) -> Float[Tensor, "texts c h w"]:
         x = self.resnets[0](x, time)
         x = self.attentions[0](x, context)
         return self.resnets[1](x, time)
@@ -245,9 +255,10 @@ class MiddleBlock(nn.Module):
 class UpBlock(nn.Module):
     """One level on the way up: each residual block also reads a remembered map.
 
-    x (b, c, h, w), time (b, time_dim) and context (b, n, d) give the new map, twice
-    as high and wide except at level 0. Pops its maps from the end of `skips`, as
-    its constructor pops their channels from the end of `skip_channels`.
+    x (b, c, h, w), time (b, time_dim) and context (b, n, d) give the new map, as
+    high and wide as the map that the next level will take. Pops its own maps from
+    the end of `skips`, as its constructor pops their channels from the end of
+    `skip_channels`.
     """
 
     def __init__(self, config: UNetConfig, level: int, skip_channels: list[int]):
@@ -272,43 +283,39 @@ class UpBlock(nn.Module):
         self,
         x: Float[Tensor, "b c h w"],
         skips: list[Tensor],
-        time: Float[Tensor, "b time_dim"],
-        context: Float[Tensor, "b n d"],
-    ) -> Float[Tensor, "b c2 h2 w2"]:
+        time: Float[Tensor, "#b time_dim"],
+        context: Text,
+    ) -> Float[Tensor, "texts c2 h2 w2"]:
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), time)
+            x = resnet(torch.cat([x, repeat_like(skips.pop(), x)], dim=1), time)
             if self.attentions:
                 x = self.attentions[i](x, context)
         for upsampler in self.upsamplers:
-            x = upsampler(x)
+            x = upsampler(x, skips[-1].shape[-2:])
         return x
 
 
-def check_inputs(config: UNetConfig, latents: Tensor, t: Tensor, context: Tensor):
+def check_inputs(config: UNetConfig, latents: Tensor, t: Tensor, context: Text):
     """Raise a ValueError that says which input does not fit and what would."""
-    b, channels, height, width = latents.shape
-    halvings = len(config.block_out_channels) - 1
+    b, channels = latents.shape[:2]
+    has_been_read = isinstance(context, dict)  # by UNet.read
+    texts = len(next(iter(context.values()))[0] if has_been_read else context)
     if channels != config.in_channels:
         raise ValueError(
             f"latents have {channels} channels but this UNet takes "
             f"{config.in_channels}; encode pictures with its VAE first"
-        )
-    if height % 2**halvings or width % 2**halvings:
-        raise ValueError(
-            f"latents of {height}x{width} cannot be halved {halvings} times; make "
-            f"height and width multiples of {2**halvings}"
         )
     if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, b)):
         raise ValueError(
             f"timesteps of shape {tuple(t.shape)} but latents for {b}; pass one "
             "timestep, or one for each latent"
         )
-    if len(context) != b:
+    if texts % b or (texts != b and t.numel() != 1):
         raise ValueError(
-            f"prompt batch of {len(context)} but latents for {b}; pass one latent "
-            "per prompt"
+            f"prompt batch of {texts} but latents for {b}; pass one latent per prompt, "
+            "or the same number of prompts for each latent, and one timestep for all"
         )
-    if context.shape[-1] != config.cross_attention_dim:
+    if not has_been_read and context.shape[-1] != config.cross_attention_dim:
         raise ValueError(
             f"text embeddings of width {context.shape[-1]} but this UNet reads "
             f"width {config.cross_attention_dim}; use the text encoder that it "
@@ -320,7 +327,9 @@ class UNet(Pretrained, nn.Module):
     """Predicts the noise in latents, given the timestep and the text.
 
     latents (b, in_channels, h, w), t (b,) or one number, context
-    (b, n, cross_attention_dim) give (b, out_channels, h, w). Raises ValueError
+    (b, n, cross_attention_dim) give (b, out_channels, h, w). With 2b contexts there
+    are 2b answers, k and k + b about latent k. Many calls get cheaper with
+    `context=unet.read(context)` and `time=unet.embed_time(t)`. Raises ValueError
     for inputs that do not fit. From Rombach et al. (2022), section 3.3.
     """
 
@@ -342,17 +351,28 @@ class UNet(Pretrained, nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
+    def embed_time(self, t: Num[Tensor, "steps"]) -> Float[Tensor, "steps time_dim"]:
+        """What the blocks are told of each of these timesteps."""
+        # Half precision cannot count to 999 finely enough: embed t in float32.
+        waves = timestep_embedding(t, self.conv_in.out_channels)
+        return self.time_embedding(waves.to(self.conv_in.weight.dtype))
+
+    def read(self, context: Float[Tensor, "texts n d"]) -> Text:
+        """The keys and values of a text in every cross-attention."""
+        blocks = [m for m in self.modules() if isinstance(m, TransformerBlock)]
+        return {block: block.attn2.read(context) for block in blocks}
+
     def forward(
         self,
         latents: Float[Tensor, "b c h w"],
         t: Num[Tensor, "..."] | int | float,
-        context: Float[Tensor, "b n d"],
-    ) -> Float[Tensor, "b out h w"]:
-        t = torch.as_tensor(t, device=latents.device)
+        context: Text,
+        time: Float[Tensor, "#b time_dim"] | None = None,
+    ) -> Float[Tensor, "texts out h w"]:
+        t = torch.as_tensor(t)
         check_inputs(self.config, latents, t, context)
-        # Half precision cannot count to 999 finely enough: embed t in float32.
-        waves = timestep_embedding(t.expand(len(latents)), self.conv_in.out_channels)
-        time = self.time_embedding(waves.to(self.conv_in.weight.dtype))
+        if time is None:
+            time = self.embed_time(t.reshape(-1).to(latents.device))
         x = self.conv_in(latents)
         skips = [x]
         for block in self.down_blocks:

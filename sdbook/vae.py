@@ -3,6 +3,8 @@
 Generated from chapters/05_vae.ipynb; do not edit.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,6 +32,9 @@ __all__ = [
     "Decoder",
     "rename_old_attention",
     "check_size",
+    "tile_starts",
+    "fading",
+    "in_tiles",
     "AutoencoderKL",
 ]
 
@@ -297,13 +302,63 @@ def check_size(x: Float[Tensor, "b c h w"], factor: int) -> None:
         )
 
 
+def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin that cover `length` and share at least `overlap`."""
+    if length <= tile:
+        return [0]
+    count = math.ceil((length - overlap) / (tile - overlap))
+    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
+
+
+def fading(length: int, overlap: int) -> Float[Tensor, "length"]:
+    """Weights that rise over the first `overlap` places, and fall over the last."""
+    rising = torch.arange(1, length + 1).clamp(max=overlap) / overlap
+    return torch.minimum(rising, rising.flip(0))
+
+
+def in_tiles(
+    function: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "b c h w"],
+    tile: int,
+    cell: int = 1,
+) -> Float[Tensor, "b c2 h2 w2"]:
+    """`function` of overlapping square tiles of x, blended by weighted means.
+
+    `tile` counts cells of x, `cell` places wide and high; a quarter of it overlaps.
+    `function` may change the size, as an encoder or a decoder does.
+    """
+    height, width = (side // cell for side in x.shape[-2:])
+    overlap = max(1, tile // 4)
+    total = weights = None
+    for top in tile_starts(height, tile, overlap):
+        for left in tile_starts(width, tile, overlap):
+            rows = slice(top * cell, (top + tile) * cell)
+            columns = slice(left * cell, (left + tile) * cell)
+            part = function(x[..., rows, columns])
+            scale = part.shape[-1] // min(tile, width)
+            high, wide = (fading(side, overlap * scale) for side in part.shape[-2:])
+            weight = (high[:, None] * wide).to(part)
+            if total is None:
+                total = part.new_zeros(*part.shape[:2], height * scale, width * scale)
+                weights = total[0, 0].clone()
+            rows = slice(top * scale, top * scale + part.shape[-2])
+            columns = slice(left * scale, left * scale + part.shape[-1])
+            total[..., rows, columns] += weight * part
+            weights[rows, columns] += weight
+    return total / weights
+
+
 class AutoencoderKL(Pretrained, nn.Module):
     """The variational autoencoder of Stable Diffusion (Rombach et al., 2022).
 
     Pixels are in [-1, 1]. Latents are as the encoder gives them: multiply by
-    `config.scaling_factor` before the UNet, divide before `decode`.
+    `config.scaling_factor` before the UNet, divide before `decode`. To save memory,
+    set `tile_size` (in pixels): larger pictures are then done in tiles that overlap;
+    and `slicing`: batches are then done one by one.
     """
 
+    tile_size: int | None = None
+    slicing = False
     config_class = VAEConfig
     diffusers_class = "AutoencoderKL"
 
@@ -313,10 +368,20 @@ class AutoencoderKL(Pretrained, nn.Module):
         channels = config.latent_channels
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        self.quant_conv = self.post_quant_conv = nn.Identity()
         if config.use_quant_conv:
             self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
         if config.use_post_quant_conv:
             self.post_quant_conv = nn.Conv2d(channels, channels, 1)
+
+    def in_parts(self, function: Callable[[Tensor], Tensor], x: Tensor, cell: int):
+        """`function` of x at once, or as `slicing` and `tile_size` have it."""
+        if self.slicing and len(x) > 1:
+            return torch.cat([self.in_parts(function, one, cell) for one in x.split(1)])
+        tile = (self.tile_size or 0) // self.config.downscale
+        if not tile or max(x.shape[-2:]) <= tile * cell:
+            return function(x)
+        return in_tiles(function, x, tile, cell)
 
     def encode(self, x: Float[Tensor, "b c h w"]) -> DiagonalGaussian:
         """Pixels in [-1, 1] to the distribution of their latents.
@@ -324,16 +389,19 @@ class AutoencoderKL(Pretrained, nn.Module):
         Raises ValueError when a side is not a multiple of `config.downscale`.
         """
         check_size(x, self.config.downscale)
-        parameters = self.encoder(x)
-        if self.config.use_quant_conv:
-            parameters = self.quant_conv(parameters)
-        return DiagonalGaussian(parameters)
+
+        def parameters(x):
+            return self.quant_conv(self.encoder(x))
+
+        return DiagonalGaussian(self.in_parts(parameters, x, self.config.downscale))
 
     def decode(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
         """Unscaled latents to pixels, about [-1, 1] (not clamped)."""
-        if self.config.use_post_quant_conv:
-            z = self.post_quant_conv(z)
-        return self.decoder(z)
+
+        def pixels(z):
+            return self.decoder(self.post_quant_conv(z))
+
+        return self.in_parts(pixels, z, 1)
 
     def forward(
         self, x: Float[Tensor, "b c h w"], generator: torch.Generator | None = None

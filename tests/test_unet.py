@@ -113,6 +113,62 @@ def test_timestep_forms(t):
         assert relative_error(ours(latents, t, context), expected) <= 1e-5
 
 
+@pytest.mark.parametrize("size", [(9, 8), (5, 7), (1, 3), (11, 16)])
+@pytest.mark.parametrize(
+    "name", ["two levels, odd channels", "four levels as in SD 1.5"]
+)
+def test_sizes_that_cannot_be_halved(name, size):
+    ours, reference = pair(name)
+    latents, t, context = inputs(ours.config, size=size)
+    with torch.no_grad():
+        expected = reference(latents, t, context).sample
+        assert relative_error(ours(latents, t, context), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_several_texts_for_each_latent(name):
+    ours, _ = pair(name)
+    latents, _, context = inputs(ours.config, batch=2)
+    texts = torch.cat([context, context + 1, context.flip(1)])
+    with torch.no_grad():
+        one_each = ours(latents.repeat(3, 1, 1, 1), 7, texts)
+        assert relative_error(ours(latents, 7, texts), one_each) < 1e-6
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_was_read_before_gives_the_same(name):
+    ours, _ = pair(name)
+    latents, _, context = inputs(ours.config, batch=2)
+    times = ours.embed_time(torch.tensor([999, 7]))
+    with torch.no_grad():
+        expected = ours(latents, 7, context)
+        read = ours.read(context)
+        assert relative_error(ours(latents, 7, read), expected) < 1e-6
+        assert relative_error(ours(latents, 7, read, times[1:]), expected) < 1e-6
+        assert not torch.allclose(ours(latents, 7, read, times[:1]), expected)
+
+
+def test_work_before_the_text_is_done_once():
+    ours, _ = pair("two levels, odd channels")
+    latents, _, context = inputs(ours.config, batch=2)
+    batches = {}
+    for name, module in ours.named_modules():
+        module.register_forward_hook(
+            lambda module, given, result, name=name: batches.update(
+                {name: len(result[0] if isinstance(result, tuple) else result)}
+            )
+        )
+    with torch.no_grad():
+        ours(latents, 7, ours.read(torch.cat([context, context])))
+    first = "down_blocks.1.attentions.0.transformer_blocks.0"
+    before = ["conv_in", "down_blocks.0", "down_blocks.1.resnets.0"]
+    before += [f"{first}.attn1", f"{first}.norm2", f"{first}.attn2.to_q"]
+    assert {batches[name] for name in before} == {2}
+    assert batches["time_embedding"] == 1
+    assert f"{first}.attn2.to_k" in batches  # by `read`, and by nothing else
+    assert {batches[name] for name in (f"{first}.attn2", "mid_block")} == {4}
+
+
 def test_gradients_equal_diffusers():
     ours, reference = pair("three levels, own heads and depths")
     latents, t, context = inputs(ours.config)
@@ -231,9 +287,9 @@ def test_every_default_of_diffusers_is_known():
     "latents, t, context, message",
     [
         ((3, 4, 8, 8), 5, (3, 7, 21), "width 21 .* reads width 20.*text encoder"),
-        ((3, 4, 9, 8), 5, (3, 7, 20), "9x8 cannot be halved 1 times.*multiples of 2"),
         ((3, 3, 8, 8), 5, (3, 7, 20), "3 channels but this UNet takes 4"),
         ((2, 4, 8, 8), 5, (3, 7, 20), "prompt batch of 3 but latents for 2"),
+        ((3, 4, 8, 8), [5, 6, 7], (6, 7, 20), "one timestep for all"),
         ((3, 4, 8, 8), [5, 6], (3, 7, 20), r"shape \(2,\) but latents for 3"),
     ],
 )
@@ -295,8 +351,8 @@ def test_every_norm_has_the_reference_s_epsilon():
         unet = UNet()
     for name, module in unet.named_modules():
         if isinstance(module, torch.nn.GroupNorm):
-            in_transformer = name.rsplit(".", 1)[0].rsplit(".", 1)[0].endswith(
-                "attentions"
+            in_transformer = (
+                name.rsplit(".", 1)[0].rsplit(".", 1)[0].endswith("attentions")
             )
             assert module.eps == (1e-6 if in_transformer else 1e-5), name
         if isinstance(module, torch.nn.LayerNorm):

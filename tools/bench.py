@@ -8,9 +8,11 @@ with the same weights) should not. Below 1.00 we are faster.
 """
 
 import argparse
+import itertools
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import torch
@@ -114,6 +116,35 @@ def beside_diffusers(unet: UNet, vae: AutoencoderKL, rounds: int):
         )
 
 
+def pipelines_beside_diffusers(pipe: StableDiffusion, rounds: int, steps: int = 25):
+    """Rows for whole pictures, prompt to array, from the same noise."""
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        pipe.save_pretrained(folder)
+        theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    side = pipe.unet.config.sample_size * pipe.vae.config.downscale
+    shared = {"num_inference_steps": steps, "output_type": "np"}
+    for count in (1, 4):
+        for scale in (3.0, 1.0):
+            options = shared | {"guidance_scale": scale}
+            guided = "guided" if scale > 1 else "without guidance"
+            plural = "pictures" if count > 1 else "picture"
+            yield (
+                f"{count} {plural}, {steps} steps, {guided}",
+                *in_turns(
+                    lambda: pipe([PROMPT] * count, progress=False, **options),
+                    lambda: theirs(
+                        [PROMPT] * count, height=side, width=side, **options
+                    ),
+                    rounds,
+                ),
+            )
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="How fast the parts are.")
     parser.add_argument("--threads", type=int, help="threads for PyTorch")
@@ -138,10 +169,13 @@ def main(arguments: list[str] | None = None) -> int:
         once = seconds(lambda: pipe(PROMPT, num_inference_steps=25, seed=0))
         print(f"{'one picture, 25 steps':<34}{once:8.2f} s")
 
-    print(f"\n{'':<34}{'ours':>10}{'diffusers':>12}{'ratio':>8}")
+    print(f"\n{'':<38}{'ours':>10}{'diffusers':>12}{'ratio':>8}")
     rows = beside_diffusers(unet.float(), vae.float(), options.rounds)
+    if pipe is not None:
+        whole = pipelines_beside_diffusers(pipe, options.rounds)
+        rows = itertools.chain(rows, whole)
     for what, ours, theirs in rows:
-        print(f"{what:<34}{ours:8.3f} s{theirs:10.3f} s{ours / theirs:8.2f}")
+        print(f"{what:<38}{ours:8.3f} s{theirs:10.3f} s{ours / theirs:8.2f}")
     return 0
 
 
