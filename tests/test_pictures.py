@@ -1,4 +1,4 @@
-"""Starting from pictures, any size, and the cheaper loop: against diffusers' pipelines."""
+"""Pictures as a start, any size, and the cheaper loop: against diffusers' pipelines."""
 
 import warnings
 
@@ -260,7 +260,7 @@ def test_pictures_that_cannot_be_used(pipe, monkeypatch, options, message):
 
 @pytest.fixture(scope="module")
 def eighth(tmp_path_factory):
-    """A pipeline with 8 pixels a cell, as Stable Diffusion has, and diffusers' of it."""
+    """A pipeline with 8 pixels a cell, as in Stable Diffusion, and diffusers'."""
     folder = tmp_path_factory.mktemp("eighth")
     small_pipeline((16, 24, 32), (8, 8, 8, 8), image_size=64).save_pretrained(folder)
     reference = diffusers.StableDiffusionPipeline.from_pretrained(folder)

@@ -8,6 +8,7 @@ with the same weights) should not. Below 1.00 we are faster.
 """
 
 import argparse
+import functools
 import itertools
 import statistics
 import subprocess
@@ -127,22 +128,15 @@ def pipelines_beside_diffusers(pipe: StableDiffusion, rounds: int, steps: int = 
         theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     theirs.set_progress_bar_config(disable=True)
     side = pipe.unet.config.sample_size * pipe.vae.config.downscale
-    shared = {"num_inference_steps": steps, "output_type": "np"}
-    for count in (1, 4):
-        for scale in (3.0, 1.0):
-            options = shared | {"guidance_scale": scale}
-            guided = "guided" if scale > 1 else "without guidance"
-            plural = "pictures" if count > 1 else "picture"
-            yield (
-                f"{count} {plural}, {steps} steps, {guided}",
-                *in_turns(
-                    lambda: pipe([PROMPT] * count, progress=False, **options),
-                    lambda: theirs(
-                        [PROMPT] * count, height=side, width=side, **options
-                    ),
-                    rounds,
-                ),
-            )
+    for count, scale in itertools.product((1, 4), (3.0, 1.0)):
+        options = {"prompt": [PROMPT] * count, "guidance_scale": scale}
+        options |= {"num_inference_steps": steps, "output_type": "np"}
+        options |= {"height": side, "width": side}
+        ours = functools.partial(pipe, progress=False, **options)
+        reference = functools.partial(theirs, **options)
+        guided = "guided" if scale > 1 else "not guided"
+        what = f"batch of {count}, {steps} steps, {guided}"
+        yield what, *in_turns(ours, reference, rounds)
 
 
 def main(arguments: list[str] | None = None) -> int:
