@@ -56,6 +56,12 @@ def sample(
     checkpoint_path: str = "scenes",
     output_path: str = "picture.png",
     image_size: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    image_path: str | None = None,
+    mask_path: str | None = None,
+    strength: float | None = None,
+    tile_size: int | None = None,
     guidance_scale: float = 3.0,
     num_inference_steps: int = 25,
     scheduler: str | None = None,
@@ -73,6 +79,12 @@ def sample(
         checkpoint_path: a shipped model's name, a folder or a hub id.
         output_path: a PNG; further pictures get -1, -2, … before the suffix.
         image_size: height and width in pixels; the model's own by default.
+        height: in pixels, if not image_size.
+        width: in pixels, if not image_size.
+        image_path: a picture to start from.
+        mask_path: a picture that is white where image_path may change.
+        strength: how much of image_path to draw anew, up to 1.
+        tile_size: decode larger pictures in tiles of so many pixels, to save memory.
         guidance_scale: how strongly the prompt pulls; 1 is no guidance.
         num_inference_steps: denoising steps.
         scheduler: a sampler's name, such as ddim; the model's own by default.
@@ -89,14 +101,22 @@ def sample(
         raise ValueError(f"num_images is {num_images}; give at least 1")
     path.parent.mkdir(parents=True, exist_ok=True)
     prompts = [prompt] if isinstance(prompt, str) else prompt
+    start = {
+        name: open_picture(file)
+        for name, file in (("image", image_path), ("mask", mask_path))
+        if file is not None
+    }
     pipe = load(checkpoint_path, device, dtype)
+    pipe.vae.tile_size = tile_size
     if scheduler:
         pipe.scheduler = scheduler
     images = pipe(
         prompts,
+        **start,
+        strength=strength,
         negative_prompt=negative_prompt,
-        height=image_size,
-        width=image_size,
+        height=image_size if height is None else height,
+        width=image_size if width is None else width,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         num_images_per_prompt=num_images,
@@ -109,9 +129,13 @@ def sample(
         "guidance_scale": guidance_scale,
         "scheduler": type(pipe.scheduler).__name__,
         "checkpoint_path": checkpoint_path,
-        "image_size": images[0].height,
+        "height": images[0].height,
+        "width": images[0].width,
         "dtype": dtype,
     }
+    further = {"image_path": image_path, "mask_path": mask_path, "strength": strength}
+    further |= {"tile_size": tile_size}
+    facts |= {name: value for name, value in further.items() if value is not None}
     if grid:
         from sdbook.evaluation import labelled_grid
 
@@ -122,6 +146,19 @@ def sample(
         tail = f"-{number}" if number else ""
         target = path.with_name(f"{path.stem}{tail}{path.suffix}")
         write_png(image, target, facts | {"prompt": text, "seed": seed + number})
+
+
+def open_picture(path: str):
+    """A picture's pixels; ValueError for a file that is none, or is cut short."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} is no picture that can be read ({error})") from error
 
 
 def write_png(image, path: Path, facts: dict):

@@ -127,10 +127,17 @@ def test_a_picture_says_how_it_was_made(draw, model):
         ["--scheduler", "ddpm", "--image_size", "32", "--guidance_scale", "1"],
         ["--scheduler", "dpmpp_2m"],
         ["--dtype", "bfloat16"],
+        ["--height", "24", "--width", "40", "--tile_size", "16"],
+        ["--image_path", "{picture}", "--strength", "0.6"],
+        ["--image_path", "{picture}", "--mask_path", "{mask}"],
     ],
-    ids=["plain", "negative", "others", "solver", "bfloat16"],
+    ids="plain negative others solver bfloat16 oblong image mask".split(),
 )
 def test_the_metadata_make_the_same_picture_again(draw, tmp_path, flags):
+    files = {name: tmp_path / f"{name}.png" for name in ("picture", "mask")}
+    Image.radial_gradient("L").save(files["mask"])
+    Image.radial_gradient("L").convert("RGB").resize((40, 32)).save(files["picture"])
+    flags = [flag.format(**files) for flag in flags]
     first = Image.open(draw(*flags, prompt=['a "red" star, über alles']))
     again = tmp_path / "again.png"
     words = shlex.split(first.text["command"])
@@ -309,6 +316,7 @@ def test_a_config_that_is_not_there_or_not_yaml(tmp_path, capsys):
         ("scenes-overfit-gpu", "train", TrainingConfig),
         ("scenes-unet-cpu", "train", TrainingConfig),
         ("scenes-unet-gpu", "train", TrainingConfig),
+        ("scenes-again-cpu", "train", TrainingConfig),
         ("folder", "train", TrainingConfig),
     ],
 )
@@ -370,7 +378,18 @@ def test_impossible_steps(model, capsys, steps):
 @pytest.mark.parametrize("size", ["50", "0", "-8"])
 def test_impossible_sizes(model, capsys, size):
     said = refused(capsys, bad_sample(model, "--image_size", size))
-    assert size in said and "multiples of 8" in said
+    assert size in said and "multiples of 4" in said
+
+
+def test_pictures_that_cannot_be_opened(model, capsys, tmp_path):
+    missing, torn = tmp_path / "missing.png", tmp_path / "torn.png"
+    Image.radial_gradient("L").save(torn)
+    torn.write_bytes(torn.read_bytes()[:200])
+    for path, words in ((missing, "No such file"), (torn, "no picture that can be")):
+        said = refused(capsys, bad_sample(model, "--image_path", str(path)))
+        assert str(path) in said and words in said
+    said = refused(capsys, bad_sample(model, "--strength", "0.5"))
+    assert "strength without image" in said
 
 
 @pytest.mark.parametrize(
