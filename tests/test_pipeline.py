@@ -133,16 +133,25 @@ def test_other_depths_equal_diffusers(channels, vae_channels, tmp_path):
 # ---- files, both ways ----
 
 
+def assert_same_weights(ours, other):
+    """Bit for bit. Pictures need not be: MKL rounds by where weights lie in memory."""
+    for part in ("unet", "vae", "text_encoder"):
+        mine, theirs = (getattr(p, part).state_dict() for p in (ours, other))
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    assert relative_error(draw(ours), draw(other)) < 1e-5
+
+
 def test_diffusers_folder_opens_here(pipe, reference, tmp_path):
     reference.save_pretrained(tmp_path)
     again = StableDiffusion.from_pretrained(tmp_path)
-    assert np.array_equal(draw(again), draw(pipe))
+    assert_same_weights(again, pipe)
     assert again.scheduler.config == pipe.scheduler.config
 
 
 def test_our_folder_opens_here(pipe, folder):
     again = StableDiffusion.from_pretrained(folder)
-    assert np.array_equal(draw(again), draw(pipe))
+    assert_same_weights(again, pipe)
     assert not again.unet.training and again.dtype == torch.float32
 
 
@@ -260,16 +269,14 @@ def test_guidance_goes_from_uncond_through_cond(pipe):
     torch.testing.assert_close(guide(uncond, cond, 3.0), 3 * cond - 2 * uncond)
 
 
-def test_no_guidance_asks_the_unet_half_as_much(pipe, monkeypatch):
+def test_no_guidance_asks_the_unet_half_as_much(pipe):
     sizes = []
-    forward = pipe.unet.forward
-    monkeypatch.setattr(
-        pipe.unet,
-        "forward",
-        lambda x, t, c: (sizes.append(len(x)), forward(x, t, c))[1],
+    hook = pipe.unet.register_forward_hook(
+        lambda module, given, answers: sizes.append(len(answers))
     )
     plain = draw(pipe, guidance_scale=1.0)
     guided = draw(pipe, guidance_scale=1.0001)
+    hook.remove()
     assert sizes == [1, 1, 2, 2]
     assert np.abs(plain - guided).max() < 1e-3
 
@@ -342,9 +349,9 @@ def test_number_of_steps(pipe, steps):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(height=17), "height=17: .* multiples of 4 pixels; try 16 or 20"),
-        (dict(width=18), "width=18: .* multiples of 4 pixels; try 16 or 20"),
-        (dict(width=0), "width=0: .* try 4 or 8"),
+        (dict(height=17), "height=17: .* multiples of 2 pixels; try 16 or 18"),
+        (dict(width=19), "width=19: .* multiples of 2 pixels; try 18 or 20"),
+        (dict(width=0), "width=0: .* try 2 or 4"),
         (dict(height=-16), "height=-16"),
         (dict(prompt=[]), "empty list of prompts"),
         (dict(negative_prompt=["a", "b"]), "1 prompts but 2 negative prompts"),
@@ -367,7 +374,6 @@ def test_number_of_steps(pipe, steps):
             dict(latents=torch.zeros(1, 4, 8, 8), height=24),
             "leave out height and width",
         ),
-        (dict(latents=torch.zeros(1, 4, 7, 8)), "height=14"),
     ],
 )
 def test_calls_that_cannot_be_drawn(pipe, monkeypatch, options, message):
