@@ -29,6 +29,7 @@ __all__ = [
     "list_folder",
     "save_weights",
     "DTYPES",
+    "PIECE",
     "map_tensors",
     "Ignored",
     "STAND_INS",
@@ -137,6 +138,7 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
+PIECE = 2**25  # bytes that are mapped together: open files are few, memory is large
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:
@@ -150,16 +152,19 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
+    data, whole = 8 + length, path.stat().st_size - 8 - length
+    tensors, start, piece = {}, 0, b""
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
-        if begin == end:  # there is no mapping of nothing
-            tensors[name] = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        if begin == end:  # of nothing there is no piece
+            tensors[name] = torch.empty(shape, dtype=dtype)
             continue
-        start, size = 8 + length + begin, end - begin
-        piece = np.memmap(path, np.uint8, mode="c", offset=start, shape=size)
-        tensor = torch.from_numpy(piece).view(DTYPES[entry["dtype"]])
-        tensors[name] = tensor.view(entry["shape"])
+        if end > start + len(piece):  # on to the next piece, or to one large tensor
+            start, size = begin, min(max(PIECE, end - begin), whole - begin)
+            piece = np.memmap(path, np.uint8, mode="c", offset=data + start, shape=size)
+        tensor = torch.from_numpy(piece[begin - start : end - start])
+        tensors[name] = tensor.view(dtype).view(shape)
     return tensors
 
 
