@@ -59,6 +59,7 @@ __all__ = [
     "WEIGHTS_NAMES",
     "is_hub_id",
     "download",
+    "build_empty",
     "fill",
     "Pretrained",
 ]
@@ -605,6 +606,18 @@ def download(
     return Path(folder)
 
 
+def build_empty(model_class: type, config: Config) -> nn.Module:
+    """A model on the meta device: parameters with shapes and without memory."""
+    draw = nn.init.normal_
+    try:
+        # Random numbers for no memory: PyTorch would load its compiler for them.
+        nn.init.normal_ = lambda tensor, *arguments, **options: tensor
+        with torch.device("meta"):
+            return model_class(config)
+    finally:
+        nn.init.normal_ = draw
+
+
 def fill(model: nn.Module, files: list[Path], mapped: bool, ema: bool) -> None:
     """Load one file, or the shards of one, into a model on the meta device."""
     state_dict = {}
@@ -651,8 +664,7 @@ class Pretrained:
             config = cls.find_config(path)
         one = path.is_file()
         files = [path] if one else find_weights(path, cls.weights_name, variant)
-        with torch.device("meta"):
-            model = cls(config)
+        model = build_empty(cls, config)
         fill(model, files, mapped=dtype == torch.float32, ema=ema)
         return model.to(dtype).eval()
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from diffusers.loaders import single_file_utils as theirs
-from helpers import randomise, relative_error, small_pipeline
+from helpers import load_tool, randomise, relative_error, small_pipeline
 from safetensors.torch import load_file, save_file
 
 from sdbook.clip import CLIPTextModel
@@ -803,3 +803,14 @@ def test_weights_are_in_memory_once(larger, name, dtype):
     out = subprocess.run(command, capture_output=True, text=True, check=True)
     # Apart from the file, what Python needs to open a tokenizer and read the names.
     assert int(out.stdout) < 1.15 * size + 30e6, f"{int(out.stdout) / size:.2f}"
+
+
+def test_the_benchmark_of_loading_prints_its_table(monkeypatch, tmp_path, capsys):
+    bench = load_tool("bench_loading")
+    (tmp_path / "file.safetensors").write_bytes(b"x" * 1000)
+    monkeypatch.setattr(bench, "run", lambda *arguments: "1.0 2.5 100 1200\n")
+    result = tmp_path / "result.json"
+    assert bench.main(["--folder", str(tmp_path), "--json", str(result)]) == 0
+    assert "one file, float16, diffusers" in capsys.readouterr().out
+    rows = json.loads(result.read_text())["rows"]
+    assert len(rows) == 8 and rows[0]["peak_over_file"] == 1.1

@@ -46,6 +46,7 @@ who, source, folder, dtype = sys.argv[1:]
 dtype = getattr(torch, dtype)
 if who == "ours":
     from sdbook import StableDiffusion
+    from transformers import CLIPTokenizer  # which diffusers imports beforehand, too
     start = time.perf_counter()
     pipe = StableDiffusion.from_pretrained(source, dtype, config=folder)
 else:
