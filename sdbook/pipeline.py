@@ -367,6 +367,7 @@ class StoredPipeline(Components):
         unused = ("safety_checker", "feature_extractor", "image_encoder")
         index |= {part: [None, None] for part in unused}
         index |= {"_class_name": "StableDiffusionPipeline"}
+        index |= {"_diffusers_version": "0.42.1"}  # that this layout was tested with
         index |= {"requires_safety_checker": False}
         write_json(index, folder / "model_index.json")
 

@@ -30,14 +30,11 @@ def pipe(folder):
 
 @pytest.fixture(scope="module")
 def references(folder):
-    plain = diffusers.StableDiffusionPipeline.from_pretrained(folder)
-    found = {
-        "": plain,
-        "Img2Img": diffusers.StableDiffusionImg2ImgPipeline(**plain.components),
-        "Inpaint": diffusers.StableDiffusionInpaintPipeline(**plain.components),
-    }
-    for one in found.values():
-        one.set_progress_bar_config(disable=True)
+    found = {}
+    for kind in ("Img2Img", "Inpaint"):
+        pipeline_class = getattr(diffusers, f"StableDiffusion{kind}Pipeline")
+        found[kind] = pipeline_class.from_pretrained(folder)
+        found[kind].set_progress_bar_config(disable=True)
     return found
 
 
