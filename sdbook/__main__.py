@@ -38,7 +38,7 @@ def pick_device(name: str) -> str:
     return name
 
 
-def load(checkpoint_path: str, device: str, dtype: str):
+def load(checkpoint_path: str, device: str, dtype: str, **options):
     """The pipeline of a checkpoint, on a device, in a dtype."""
     import torch
 
@@ -46,7 +46,7 @@ def load(checkpoint_path: str, device: str, dtype: str):
 
     device = pick_device(device)  # before the slow part
     return StableDiffusion.from_pretrained(
-        checkpoint_path, dtype=getattr(torch, dtype)
+        checkpoint_path, dtype=getattr(torch, dtype), **options
     ).to(device)
 
 
@@ -54,6 +54,8 @@ def sample(
     prompt: str | list[str],
     negative_prompt: str = "",
     checkpoint_path: str = "scenes",
+    tokenizer_path: str | None = None,
+    variant: str | None = None,
     output_path: str = "picture.png",
     image_size: int | None = None,
     height: int | None = None,
@@ -76,7 +78,10 @@ def sample(
     Args:
         prompt: what to draw; several sentences make several pictures.
         negative_prompt: what to steer away from.
-        checkpoint_path: a shipped model's name, a folder or a hub id.
+        checkpoint_path: a shipped model's name, a folder, a hub id, or one original
+            .safetensors or .ckpt file.
+        tokenizer_path: a folder or hub id with the tokenizer, which one file lacks.
+        variant: of the weights' files, such as fp16.
         output_path: a PNG; further pictures get -1, -2, … before the suffix.
         image_size: height and width in pixels; the model's own by default.
         height: in pixels, if not image_size.
@@ -99,6 +104,8 @@ def sample(
         raise ValueError(f"output_path {output_path!r} must end in .png")
     if num_images < 1:
         raise ValueError(f"num_images is {num_images}; give at least 1")
+    if tile_size is not None and tile_size < 1:
+        raise ValueError(f"tile_size is {tile_size}; give a number of pixels, like 512")
     path.parent.mkdir(parents=True, exist_ok=True)
     prompts = [prompt] if isinstance(prompt, str) else prompt
     start = {
@@ -106,7 +113,9 @@ def sample(
         for name, file in (("image", image_path), ("mask", mask_path))
         if file is not None
     }
-    pipe = load(checkpoint_path, device, dtype)
+    source = {"tokenizer": tokenizer_path, "variant": variant}
+    source = {name: value for name, value in source.items() if value is not None}
+    pipe = load(checkpoint_path, device, dtype, **source)
     pipe.vae.tile_size = tile_size
     if scheduler:
         pipe.scheduler = scheduler
@@ -134,7 +143,8 @@ def sample(
         "dtype": dtype,
     }
     further = {"image_path": image_path, "mask_path": mask_path, "strength": strength}
-    further |= {"tile_size": tile_size}
+    further |= {"tile_size": tile_size, "variant": variant}
+    further |= {"tokenizer_path": tokenizer_path}
     facts |= {name: value for name, value in further.items() if value is not None}
     if grid:
         from sdbook.evaluation import labelled_grid
@@ -150,14 +160,15 @@ def sample(
 
 def open_picture(path: str):
     """A picture's pixels; ValueError for a file that is none, or is cut short."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as picture:
-            return picture.convert("RGB")
+            picture.load()
+            return ImageOps.exif_transpose(picture)  # phones turn by a note only
     except FileNotFoundError:
         raise
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is no picture that can be read ({error})") from error
 
 

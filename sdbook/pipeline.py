@@ -431,17 +431,26 @@ class SamplingSteps(StoredPipeline):
                 f"the latents are not finite: the UNet overflowed in {self.dtype}; "
                 "use float32 or bfloat16"
             )
-        dtype = next(self.vae.parameters()).dtype
         z = latents.to(self.device) / self.vae.config.scaling_factor
-        pixels = self.vae.decode(z.to(dtype))
-        if not pixels.isfinite().all() and dtype.itemsize < 4:
-            warnings.warn(
-                f"the VAE's decoder overflowed in {dtype}; decoding in float32 instead",
-                stacklevel=2,
-            )
-            pixels = self.vae.float().decode(z.float())
-            self.vae.to(dtype)
+        pixels = self.in_full_if_need_be(self.vae.decode, z)
         return to_pictures(pixels, output_type)
+
+    def in_full_if_need_be(
+        self, function: Callable[[Tensor], Tensor], x: Tensor
+    ) -> Tensor:
+        """`function` of the VAE in its own dtype, or in float32 if that overflows."""
+        dtype = next(self.vae.parameters()).dtype
+        result = function(x.to(dtype))
+        if result.isfinite().all() or dtype.itemsize >= 4:
+            return result
+        warnings.warn(
+            f"the VAE overflowed in {dtype}; doing it in float32 instead", stacklevel=3
+        )
+        try:
+            self.vae.float()
+            return function(x.float())
+        finally:
+            self.vae.to(dtype)
 
 
 def check_choice(name: str, value, valid: tuple) -> None:
@@ -525,7 +534,7 @@ def prepare_strength(strength, image, mask, steps: int) -> int | float:
         given = "mask" if mask is not None else "strength"
         raise ValueError(f"{given} without image; pass the picture to start from")
     if strength is None:
-        return 0.8 if mask is None else 1.0
+        strength = 0.8 if image is not None and mask is None else 1.0
     if not 0 < strength <= 1:
         raise ValueError(f"strength={strength}: expected more than 0, up to 1")
     if int(steps * strength) < 1:
@@ -592,9 +601,9 @@ def picture_size(image) -> tuple[int, int]:
     if all(isinstance(one, Image.Image) for one in (image if several else [image])):
         first = image[0] if several else image
         return first.height, first.width
-    if isinstance(image, np.ndarray) and image.ndim in (3, 4):
+    if isinstance(image, np.ndarray) and image.ndim in (3, 4) and image.size:
         return image.shape[-3:-1]
-    if isinstance(image, Tensor) and image.ndim in (3, 4):
+    if isinstance(image, Tensor) and image.ndim in (3, 4) and image.numel():
         return tuple(image.shape[-2:])
     raise ValueError(
         f"a picture of type {type(image).__name__}; pass a PIL image or a list of "
@@ -617,6 +626,11 @@ def as_pixels(
     if isinstance(pictures, Image.Image):
         pictures = [pictures]
     if isinstance(pictures, list | tuple):
+        if any(one.mode.startswith("I") for one in pictures):
+            raise ValueError(
+                f"a picture of mode {pictures[0].mode}, with 16 bits or more; convert "
+                "it to 8 bits, or pass an array with values from 0 to 1"
+            )
         resized = [one.resize((width, height), Image.LANCZOS) for one in pictures]
         arrays = [np.asarray(one.convert(mode), np.float32) / 255 for one in resized]
         pictures = np.stack(arrays).reshape(-1, height, width, channels)
@@ -628,7 +642,7 @@ def as_pixels(
             f"a picture or mask of shape {tuple(pixels.shape)}, expected (b, "
             f"{channels}, {height}, {width}); resize it, or pass PIL images"
         )
-    if pixels.min() < 0 or pixels.max() > 1:
+    if not (pixels.min() >= 0 and pixels.max() <= 1):  # NaN is neither
         raise ValueError(
             f"a picture or mask with values from {pixels.min():g} to "
             f"{pixels.max():g}; expected 0 to 1"
@@ -636,12 +650,14 @@ def as_pixels(
     return pixels
 
 
-def one_each(pictures: Float[Tensor, "b *shape"], count: int) -> Tensor:
+def one_each(
+    pictures: Float[Tensor, "b *shape"], count: int, num_images: int
+) -> Tensor:
     """`count` pictures: each of those given as often as its prompt is drawn."""
-    if count % len(pictures):
+    if len(pictures) not in (1, count // num_images, count):
         raise ValueError(
-            f"{len(pictures)} pictures or masks for {count} to draw; pass one for all, "
-            "or one for each prompt"
+            f"{len(pictures)} pictures or masks for {count // num_images} prompts; "
+            "pass one for all, or one for each prompt"
         )
     return pictures.repeat_interleave(count // len(pictures), dim=0)
 
@@ -677,9 +693,13 @@ class FromPictures(SizedPipeline):
         self, pixels: Float[Tensor, "b c h w"], generators=None
     ) -> Float[Tensor, "b c2 h2 w2"]:
         """Pixels in [0, 1] to latents as the UNet sees them, drawn by the VAE."""
-        dtype = next(self.vae.parameters()).dtype
-        posterior = self.vae.encode((2 * pixels - 1).to(self.device, dtype))
-        mean, std = posterior.mean.float(), posterior.std.float()
+
+        def parameters(x):
+            posterior = self.vae.encode(x)
+            return torch.cat([posterior.mean, posterior.std], dim=1)
+
+        x = (2 * pixels - 1).to(self.device)
+        mean, std = self.in_full_if_need_be(parameters, x).float().chunk(2, dim=1)
         drawn = mean + std * noise_like(mean, generators)
         return drawn * self.vae.config.scaling_factor
 
@@ -692,16 +712,17 @@ class FromPictures(SizedPipeline):
         given = zip((height, width), fitting)
         return [default if side is None else side for side, default in given]
 
-    def prepare_pictures(self, image, mask, shape: tuple[int, ...]):
+    def prepare_pictures(self, image, mask, shape: tuple[int, ...], num_images: int):
         """Pixels (b, 3, H, W), and the mask for latents of this shape, or None."""
         if image is None:
             return None, None
         sides = [side * self.vae.config.downscale for side in shape[2:]]
-        pixels = one_each(as_pixels(image, *sides), shape[0])
+        pixels = one_each(as_pixels(image, *sides), shape[0], num_images)
         if mask is None:
             return pixels, None
         mask = (as_pixels(mask, *sides, mode="L") >= 0.5).float()
-        mask = one_each(F.interpolate(mask, size=shape[2:]), shape[0])
+        mask = F.interpolate(mask, size=shape[2:])
+        mask = one_each(mask, shape[0], num_images)
         return pixels, mask.to(self.device)
 
     def start(
@@ -799,7 +820,7 @@ class StableDiffusion(Denoising):
         if image is not None:
             height, width = self.size_like(image, height, width)
         shape = self.latent_shape(len(prompts), height, width, latents)
-        pixels, mask = self.prepare_pictures(image, mask, shape)
+        pixels, mask = self.prepare_pictures(image, mask, shape, num_images_per_prompt)
         seeds = prepare_seeds(seed, len(prompts))
         guided = prepare_guidance(guidance_scale, negatives)
         options = prepare_eta(self.scheduler, eta)
@@ -810,6 +831,8 @@ class StableDiffusion(Denoising):
         x0 = None if pixels is None else self.encode(pixels, generators)
         if latents is None:
             latents = noise_like(torch.empty(shape), generators)
+        if mask is not None:  # diffusers draws once more, before the steps' own noise
+            noise_like(torch.empty(shape), generators)
         # 25 small steps in half precision would add up 25 roundings.
         noise = latents.to(self.device, torch.promote_types(self.dtype, torch.float32))
         original = None if x0 is None else Original(x0, noise, mask)

@@ -429,7 +429,7 @@ class Scheduler(ForwardProcess):
         if not 0 <= steps < self.num_inference_steps:
             raise ValueError(
                 f"skip {steps} of {self.num_inference_steps} steps: at least one "
-                "has to be left"
+                "has to be left; call set_timesteps(n) before each skip"
             )
         self.timesteps = self.timesteps[steps:]
 

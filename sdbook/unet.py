@@ -37,6 +37,7 @@ __all__ = [
     "DownBlock",
     "MiddleBlock",
     "UpBlock",
+    "check_text",
     "check_inputs",
     "UNet",
     "start_as_identity",
@@ -295,6 +296,15 @@ class UpBlock(nn.Module):
         return x
 
 
+def check_text(unet: nn.Module, text: Text) -> None:
+    """Raise ValueError for what another UNet's `read` gave."""
+    block = unet.mid_block.attentions[0].transformer_blocks[0]
+    if isinstance(text, dict) and block not in text:
+        raise ValueError(
+            "this text was read by another UNet; call `read` of the one that you use"
+        )
+
+
 def check_inputs(config: UNetConfig, latents: Tensor, t: Tensor, context: Text):
     """Raise a ValueError that says which input does not fit and what would."""
     b, channels = latents.shape[:2]
@@ -371,6 +381,7 @@ class UNet(Pretrained, nn.Module):
     ) -> Float[Tensor, "texts out h w"]:
         t = torch.as_tensor(t)
         check_inputs(self.config, latents, t, context)
+        check_text(self, context)
         if time is None:
             time = self.embed_time(t.reshape(-1).to(latents.device))
         x = self.conv_in(latents)

@@ -320,8 +320,9 @@ def in_tiles(
 ) -> Float[Tensor, "b c2 h2 w2"]:
     """`function` of overlapping square tiles of x, blended by weighted means.
 
-    `tile` counts cells of x, `cell` places wide and high; a quarter of it overlaps.
-    `function` may change the size, as an encoder or a decoder does.
+    `tile` is their side in cells, of which a quarter or more overlaps; a cell is
+    `cell` × `cell` places of x: the VAE's factor to encode, 1 to decode. `function`
+    may change the size, as these two do.
     """
     height, width = (side // cell for side in x.shape[-2:])
     overlap = max(1, tile // 4)
@@ -374,8 +375,15 @@ class AutoencoderKL(Pretrained, nn.Module):
         """`function` of x at once, or as `slicing` and `tile_size` have it."""
         if self.slicing and len(x) > 1:
             return torch.cat([self.in_parts(function, one, cell) for one in x.split(1)])
-        tile = (self.tile_size or 0) // self.config.downscale
-        if not tile or max(x.shape[-2:]) <= tile * cell:
+        if self.tile_size is None:
+            return function(x)
+        tile = self.tile_size // self.config.downscale
+        if tile < 2:
+            raise ValueError(
+                f"tile_size={self.tile_size}: give at least "
+                f"{2 * self.config.downscale} pixels (or None, for no tiles)"
+            )
+        if max(x.shape[-2:]) <= tile * cell:
             return function(x)
         return in_tiles(function, x, tile, cell)
 

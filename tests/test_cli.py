@@ -17,7 +17,8 @@ from helpers import small_pipeline
 from PIL import Image
 
 import sdbook
-from sdbook.__main__ import COMMANDS, gather_prompts, main
+from sdbook import StableDiffusion
+from sdbook.__main__ import COMMANDS, gather_prompts, main, open_picture
 from sdbook.data import Scenes, write_folder
 from sdbook.training import (
     CLIPTrainingConfig,
@@ -381,13 +382,42 @@ def test_impossible_sizes(model, capsys, size):
     assert size in said and "multiples of 4" in said
 
 
-def test_pictures_that_cannot_be_opened(model, capsys, tmp_path):
+def test_a_photograph_that_is_turned_by_a_note(tmp_path):
+    picture, exif = Image.new("RGB", (40, 20)), Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    picture.save(tmp_path / "photo.jpg", exif=exif)
+    assert open_picture(str(tmp_path / "photo.jpg")).size == (20, 40)
+
+
+def test_where_the_tokenizer_and_the_variant_come_from(draw, model, monkeypatch):
+    given, pipe = {}, StableDiffusion.from_pretrained(model)
+
+    def from_pretrained(name, **options):
+        given.update(options)
+        return pipe
+
+    monkeypatch.setattr(StableDiffusion, "from_pretrained", from_pretrained)
+    draw()
+    assert given == {"dtype": torch.float32}
+    draw("--tokenizer_path", "words", "--variant", "fp16")
+    assert given == {"dtype": torch.float32, "tokenizer": "words", "variant": "fp16"}
+
+
+def test_pictures_that_cannot_be_opened(model, capsys, tmp_path, monkeypatch):
     missing, torn = tmp_path / "missing.png", tmp_path / "torn.png"
     Image.radial_gradient("L").save(torn)
     torn.write_bytes(torn.read_bytes()[:200])
     for path, words in ((missing, "No such file"), (torn, "no picture that can be")):
         said = refused(capsys, bad_sample(model, "--image_path", str(path)))
         assert str(path) in said and words in said
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    Image.radial_gradient("L").save(torn)
+    said = refused(capsys, bad_sample(model, "--image_path", str(torn)))
+    assert "no picture that can be" in said
+    monkeypatch.undo()
+    for size in ("0", "-8", "4"):
+        said = refused(capsys, bad_sample(model, "--tile_size", size))
+        assert size in said and "pixels" in said
     said = refused(capsys, bad_sample(model, "--strength", "0.5"))
     assert "strength without image" in said
 

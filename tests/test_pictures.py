@@ -88,8 +88,11 @@ def test_image_to_image_equals_diffusers(pipe, references, name, strength):
     assert relative_error(ours, theirs) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["ddim", "euler", "heun", "dpmpp_2m", "unipc"])
-@pytest.mark.parametrize("strength", [0.5, 1.0])
+INPAINTING = [(name, s) for name in SCHEDULERS for s in (0.5, 1.0)]
+INPAINTING.remove(("lms", 0.5))
+
+
+@pytest.mark.parametrize("name, strength", INPAINTING)
 def test_inpainting_equals_diffusers(pipe, references, name, strength):
     use(pipe, references["Inpaint"], name)
     picture, mask = some_pictures(1, 32, 48)[0], np.zeros((32, 48), np.uint8)
@@ -242,14 +245,19 @@ PICTURE = some_pictures(1, 32, 32)[0]
         ),
         (dict(image=torch.ones(3, 32, 32), height=16), r"expected \(b, 3, 16, 32\)"),
         (dict(image=PICTURE, mask=torch.ones(16, 16)), r"expected \(b, 1, 32, 32\)"),
-        (dict(image=[PICTURE] * 2), "2 pictures or masks for 1 to draw; pass one for"),
+        (dict(image=[PICTURE] * 2), "2 pictures or masks for 1 prompts; pass one for"),
+        (
+            dict(prompt=["a boat"] * 4, image=[PICTURE] * 2),
+            "2 pictures or masks for 4 prompts; pass one for all",
+        ),
     ],
 )
 def test_pictures_that_cannot_be_used(pipe, monkeypatch, options, message):
     for part in (pipe.unet, pipe.vae.encoder, pipe.text_encoder):
         monkeypatch.setattr(part, "forward", None)  # nothing may be computed
+    options = {"prompt": "a boat", "num_inference_steps": 2} | options
     with pytest.raises(ValueError, match=message):
-        pipe("a boat", num_inference_steps=2, progress=False, **options)
+        pipe(progress=False, **options)
 
 
 # ---- any size ----
@@ -350,6 +358,45 @@ def test_slicing_changes_nothing_and_does_one_at_a_time(vae, monkeypatch):
     hook.remove()
 
 
+@pytest.mark.parametrize("tile_size", [0, -8, 3, 7])
+def test_tiles_that_are_too_small(vae, monkeypatch, tile_size):
+    monkeypatch.setattr(vae, "tile_size", tile_size)
+    with pytest.raises(ValueError, match=f"tile_size={tile_size}: give at least 8 pix"):
+        vae.decode(torch.zeros(1, 4, 8, 8))
+
+
+def test_an_encoder_that_overflows_is_asked_again_in_float32(folder, monkeypatch):
+    pipe = StableDiffusion.from_pretrained(folder, dtype=torch.float16)
+    encode = pipe.vae.encode
+
+    def overflowing(x):
+        posterior = encode(x)
+        if x.dtype == torch.float16:
+            posterior.mean[:] = torch.inf
+        return posterior
+
+    monkeypatch.setattr(pipe.vae, "encode", overflowing)
+    options = dict(num_inference_steps=2, output_type="np", progress=False)
+    with pytest.warns(UserWarning, match="VAE overflowed in torch.float16"):
+        images = pipe("a boat", image=PICTURE, **options).images
+    assert np.isfinite(images).all()
+    assert next(pipe.vae.parameters()).dtype == torch.float16
+
+
+def test_a_failed_retry_leaves_the_vae_as_it_was(folder, monkeypatch):
+    pipe = StableDiffusion.from_pretrained(folder, dtype=torch.float16)
+
+    def failing(z):
+        if z.dtype == torch.float32:
+            raise torch.OutOfMemoryError("out of memory")
+        return torch.full((1, 3, 32, 32), torch.nan)
+
+    monkeypatch.setattr(pipe.vae, "decode", failing)
+    with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError):
+        pipe("a boat", num_inference_steps=1, progress=False)
+    assert next(pipe.vae.parameters()).dtype == torch.float16
+
+
 # ---- the same, for less ----
 
 
@@ -373,21 +420,23 @@ def test_the_loop_reads_once_and_doubles_late(pipe):
     assert counts == {"to_k": 1, "time_embedding": 1, "conv_in": [2] * 5}
 
 
-@pytest.mark.parametrize("name", ["ddim", "euler", "heun", "dpmpp_2m"])
-def test_the_cheap_loop_is_the_plain_loop(pipe, name):
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_cheap_loop_is_the_plain_loop(pipe, name, scale):
     pipe.scheduler = name
-    options = dict(num_inference_steps=4, guidance_scale=3.0, output_type="latent")
+    options = dict(num_inference_steps=4, guidance_scale=scale, output_type="latent")
     ours = pipe(PROMPTS, seed=2, progress=False, **options).images
 
     context, uncond = pipe.encode_prompt(PROMPTS), pipe.encode_prompt(["", ""])
     pipe.scheduler.set_timesteps(4)
-    x = torch.cat([torch.randn(1, 4, 16, 16, generator=g) for g in generators(2, 3)])
+    dice = generators(2, 3)
+    x = torch.cat([torch.randn(1, 4, 16, 16, generator=one) for one in dice])
     x = x * pipe.scheduler.init_noise_sigma
     for t in pipe.scheduler.timesteps.tolist():
         given = pipe.scheduler.scale_model_input(x, t)
         with torch.no_grad():
             low, high = pipe.unet(given, t, uncond), pipe.unet(given, t, context)
-        x = pipe.scheduler.step(low + 3.0 * (high - low), t, x)
+        x = pipe.scheduler.step(low + scale * (high - low), t, x, generator=dice)
     assert relative_error(ours, x) < 1e-6
 
 

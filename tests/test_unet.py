@@ -148,6 +148,13 @@ def test_what_was_read_before_gives_the_same(name):
         assert not torch.allclose(ours(latents, 7, read, times[:1]), expected)
 
 
+def test_a_text_that_another_unet_has_read_is_refused():
+    (ours, _), (other, _) = pair("one level"), pair("one level")
+    latents, _, context = inputs(ours.config)
+    with pytest.raises(ValueError, match="read by another UNet; call `read`"):
+        ours(latents, 7, other.read(context))
+
+
 def test_work_before_the_text_is_done_once():
     ours, _ = pair("two levels, odd channels")
     latents, _, context = inputs(ours.config, batch=2)
