@@ -671,7 +671,9 @@ def karras_sigmas(largest: float, smallest: float, n: int) -> np.ndarray:
 class Choosy(Scheduler):
     """A scheduler that refuses values of diffusers' options that it cannot honour."""
 
-    accepts: ClassVar[dict[str, tuple]] = {}  # an option, and the values we have
+    # An option, and the values that we have. The first is what all of them mean:
+    # diffusers maps the other names to it, and so files that hold them work.
+    accepts: ClassVar[dict[str, tuple]] = {}
 
     @classmethod
     def from_options(cls, options: dict, foreign: bool = False):
@@ -698,7 +700,7 @@ class InOrder(Choosy):
         self.position, self.history = None, []
 
     def find(self, t: SupportsFloat) -> int:
-        """Where in `timesteps` t stands; the second place of one that comes twice."""
+        """Where t stands; if at two places, the second, where a step begins."""
         places = (self.timesteps == float(t)).nonzero().flatten().tolist()
         if not places:
             raise ValueError(
@@ -974,10 +976,11 @@ class LMSConfig(SigmaConfig):
 
 
 class LMSDiscreteScheduler(SigmaScheduler):
-    """Linear multistep in σ, of order 4: one call of the network for each step.
+    """Linear multistep in σ: one call of the network for each step.
 
-    A run that skips steps begins at order 1, like any other. (diffusers weighs its
-    first slopes as if there had been others before, and steps up to twice too far.)
+    Of order 4 once four slopes are known; the first step is Euler's. A run
+    that skips steps begins at order 1, like any other. (diffusers weighs its first
+    slopes as if there had been others before, and steps up to twice too far.)
     """
 
     config_class = LMSConfig
@@ -1092,13 +1095,19 @@ class PNDMScheduler(PNDMMoves):
     The first three steps have too little history. They are Runge and Kutta's, four
     calls each; or, with `skip_prk_steps`, of lower order, the first of them made twice.
 
+    Of order 2: the weights are for equal steps in t, and the noise counts in σ.
+
     As in diffusers, a step from t leads to `t - num_train_timesteps // n` for every
     spacing (see `DDIMScheduler`), and outputs are averaged before `v_prediction` is
-    turned into noise. Where diffusers fails, we do not: at n = 1000 an offset shrinks
-    to what fits, n below 4 makes n - 1 steps of Runge and Kutta's, and
-    `prediction_type="sample"` works. A run that skips steps has, with `skip_prk_steps`,
-    the timesteps that diffusers gives it: the second of them is then not a repetition,
-    and x stays one step noisier than the network is told. Other samplers suit better.
+    turned into noise.
+
+    Where diffusers fails, we do not. At n = 1000 an offset shrinks to what fits. With
+    n below 4 there are n - 1 steps of Runge and Kutta's. And `prediction_type="sample"`
+    works.
+
+    For runs that skip steps other samplers suit better. With `skip_prk_steps` such a
+    run has the timesteps that diffusers gives it. The second of them is then no
+    repetition, and x stays one step noisier than the network is told.
     """
 
     def find(self, t: SupportsFloat) -> int:
@@ -1157,9 +1166,9 @@ def dpmpp_2m_step(
 class SolverScheduler(SigmaScheduler):
     """A sampler of x at variance 1, the network's own scale, that counts in λ.
 
-    Timesteps are whole numbers. n of them are the noisiest of n + 1, for the last
-    step ends at σ = 0 anyway. With about 1000 steps two can have the same σ, and
-    diffusers divides by zero; here such a step changes nothing.
+    Timesteps are whole numbers. With `linspace` and `leading` they are the n noisiest
+    of n + 1, for the last step ends at σ = 0 anyway. With about 1000 steps two can
+    have the same σ, and diffusers divides by zero; here such a step changes nothing.
     """
 
     accepts = SigmaScheduler.accepts | {
@@ -1244,7 +1253,11 @@ def unic_step(
 
 
 class UniPCMultistepScheduler(SolverScheduler):
-    """UniPC of Zhao et al. (2023), order 2: first correct where we are, then go on."""
+    """UniPC of Zhao et al. (2023): first correct where we are, then go on.
+
+    The predictor is of order 2, and with the corrector the method is of order 3. The
+    last step is not corrected.
+    """
 
     accepts = SolverScheduler.accepts | {
         "solver_type": ("bh2", "midpoint", "heun", "logrho"),
