@@ -26,18 +26,30 @@ from .schedulers import (
     DDIMScheduler,
     Scheduler,
     change_scheduler,
+    make_scheduler,
     noise_like,
     scheduler_class,
 )
 from .unet import Text, UNet
 from .vae import AutoencoderKL
-from .weights import WeightsError, read_json, write_json
+from .weights import (
+    NAMINGS,
+    WeightsError,
+    download,
+    family,
+    is_for_training,
+    is_hub_id,
+    read_json,
+    read_weights,
+    save_weights,
+    to_original,
+    write_json,
+)
 
 __all__ = [
     "model_folders",
     "shipped_models",
     "PARTS",
-    "download",
     "find_model",
     "guide",
     "OUTPUT_TYPES",
@@ -46,6 +58,10 @@ __all__ = [
     "check_tokenizer",
     "Components",
     "load_scheduler",
+    "CLIP",
+    "find_tokenizer",
+    "check_checkpoint",
+    "open_checkpoint",
     "StoredPipeline",
     "SamplingSteps",
     "check_choice",
@@ -93,56 +109,31 @@ PARTS = {
 }
 
 
-def download(repository: str) -> Path:
-    """The local copy of a Hugging Face repository, fetched on first use."""
-    from huggingface_hub import snapshot_download
-
-    kinds = ("*.json", "*.txt", "*.safetensors")
-    wanted = ["model_index.json", *(f"{part}/{k}" for part in PARTS for k in kinds)]
-    unwanted = ["*.fp16.*", "*.non_ema.*"]
-    try:
-        folder = snapshot_download(
-            repository, allow_patterns=wanted, ignore_patterns=unwanted
-        )
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(
-            f"could not fetch {repository!r} from the Hugging Face hub ({reason}); "
-            f"there is no local folder {repository!r} either. Check the id and the "
-            "network, or download it elsewhere and give the folder"
-        ) from error
-    return Path(folder)
-
-
-def find_model(name: str | os.PathLike) -> Path:
-    """The folder of a model: a folder, a shipped model's name, or a Hugging Face id.
+def find_model(
+    name: str | os.PathLike, revision: str | None = None, variant: str | None = None
+) -> Path:
+    """Where a model is: a folder, a file, a shipped model's name, a Hugging Face id.
 
     Raises FileNotFoundError, saying what there is, when it is none of them.
     """
     shipped, path = shipped_models(), Path(name)
     known = f"shipped with the book: {', '.join(shipped) or 'none found'}"
-    if (path / "model_index.json").is_file():
+    if (path / "model_index.json").is_file() or path.is_file():
         return path
     if str(name) in shipped:
         return shipped[str(name)]
-    if path.is_file():
-        raise WeightsError(
-            f"{path} is a single file; give a folder in the diffusers layout, "
-            f"with model_index.json and {', '.join(PARTS)}"
-        )
     if path.is_dir():
         found = ", ".join(sorted(p.name for p in path.iterdir())[:12]) or "nothing"
         raise FileNotFoundError(
             f"{path} has no model_index.json (it has: {found}); give the folder that "
             f"save_pretrained wrote, or a name ({known})"
         )
-    parts = str(name).split("/")
-    if len(parts) != 2 or parts[0] in ("", ".", "..", "~"):
+    if not is_hub_id(name):
         raise FileNotFoundError(
             f"there is no model {str(name)!r}; give a folder, an id like "
             f"owner/model, or a name ({known})"
         )
-    return download(str(name))
+    return download(str(name), tuple(PARTS), revision, variant)
 
 
 def guide(
@@ -254,19 +245,95 @@ def load_scheduler(folder: Path) -> Scheduler:
         raise
 
 
+CLIP = "openai/clip-vit-large-patch14"  # whose tokenizer all SD 1.x models share
+
+
+def find_tokenizer(source: str | os.PathLike | None) -> Path:
+    """The folder of a tokenizer: one itself, a model's, or a hub id (CLIP's)."""
+    path = Path(source or CLIP)
+    if is_hub_id(path):
+        try:
+            path = download(str(path), weights=False)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"a single file holds no tokenizer, and {error} as tokenizer="
+            ) from error
+    return path / "tokenizer" if (path / "tokenizer").is_dir() else path
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raise WeightsError unless a file has all three networks and nothing else."""
+    state_dict = read_weights(path)
+    prefixes = {name: naming[0][0] for name, naming in NAMINGS.items()}
+    problems = [
+        f"no {name} (its keys begin with {prefix})"
+        for name, prefix in prefixes.items()
+        if not any(key.startswith(prefix) for key in state_dict)
+    ]
+    known = tuple(prefixes.values())
+    unknown = [key for key in state_dict if not key.startswith(known)]
+    unknown = [key for key in unknown if not is_for_training(key)]
+    if unknown:
+        rest = ", …" * (len(unknown) > 20)
+        problems += [f"{len(unknown)} unexpected ({', '.join(unknown[:20])}{rest})"]
+    if problems:
+        raise WeightsError(
+            f"{path} is not one whole Stable Diffusion 1.x checkpoint: "
+            f"{'; '.join(problems)}. By its names {family(state_dict)}. Give a "
+            "checkpoint of SD 1.x, or a folder in the diffusers layout"
+        )
+
+
+def open_checkpoint(path: Path, dtype, ema: bool, config, tokenizer) -> tuple:
+    """The five parts of a pipeline from one original file, .safetensors or .ckpt."""
+    check_checkpoint(path)
+    if config is not None and is_hub_id(config):
+        config = download(str(config), tuple(PARTS), weights=False)
+    folder = None if config is None else find_model(config)
+    words = find_tokenizer(tokenizer or folder)  # before the slow part
+    networks = []
+    for name, kind in (
+        ("vae", AutoencoderKL), ("text_encoder", CLIPTextModel), ("unet", UNet),
+    ):
+        sizes = kind.find_config(folder / name) if folder else kind.config_class()
+        networks.append(kind.from_pretrained(path, dtype, ema=ema, config=sizes))
+    vae, text_encoder, unet = networks
+    if folder:
+        scheduler = load_scheduler(folder / "scheduler")
+    else:
+        scheduler = make_scheduler(
+            "pndm", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+            steps_offset=1, set_alpha_to_one=False, skip_prk_steps=True,
+        )
+    return vae, text_encoder, Tokenizer.from_pretrained(words), unet, scheduler
+
+
 class StoredPipeline(Components):
     """A pipeline that lives in a folder with diffusers' layout."""
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike, dtype: torch.dtype | None = None
+        cls,
+        name: str | os.PathLike,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        ema: bool = True,
+        config: str | os.PathLike | None = None,
+        tokenizer: str | os.PathLike | None = None,
     ):
-        """Open a model: a shipped one by name, a folder, or a Hugging Face id.
+        """Open a model: a shipped one by name, a folder, a Hugging Face id, a file.
 
-        `dtype` defaults to float32. Raises FileNotFoundError or ValueError, naming
-        the file and the way out.
+        `dtype` defaults to float32; `variant` ("fp16") names another copy of the
+        weights, `revision` a version on the hub. Of one original file it takes the
+        averaged (EMA) UNet if there are two, the other with `ema=False`; `config`
+        is then a folder with the sizes, if they are not SD 1.5's, and `tokenizer`
+        a folder or id, by default `config`'s or CLIP's. Raises FileNotFoundError or
+        ValueError, naming the file and the way out.
         """
-        folder = find_model(name)
+        folder = find_model(name, revision, variant)
+        if folder.is_file():
+            return cls(*open_checkpoint(folder, dtype, ema, config, tokenizer))
         path = folder / "model_index.json"
         index = read_json(path)
         for part, (_, expected) in PARTS.items():
@@ -279,10 +346,10 @@ class StoredPipeline(Components):
                     "give a Stable Diffusion 1.x model"
                 )
         return cls(
-            AutoencoderKL.from_pretrained(folder / "vae", dtype),
-            CLIPTextModel.from_pretrained(folder / "text_encoder", dtype),
-            Tokenizer.from_pretrained(folder / "tokenizer"),
-            UNet.from_pretrained(folder / "unet", dtype),
+            AutoencoderKL.from_pretrained(folder / "vae", dtype, variant),
+            CLIPTextModel.from_pretrained(folder / "text_encoder", dtype, variant),
+            Tokenizer.from_pretrained(tokenizer or folder / "tokenizer"),
+            UNet.from_pretrained(folder / "unet", dtype, variant),
             load_scheduler(folder / "scheduler"),
         )
 
@@ -302,6 +369,19 @@ class StoredPipeline(Components):
         index |= {"_class_name": "StableDiffusionPipeline"}
         index |= {"requires_safety_checker": False}
         write_json(index, folder / "model_index.json")
+
+    def save_original(
+        self, path: str | os.PathLike, dtype: torch.dtype | None = None
+    ) -> None:
+        """Write one safetensors file with the names of the original Stable Diffusion.
+
+        Every weight is in it, bit for bit (or as `dtype`); the sizes, the tokenizer and
+        the scheduler are not. `from_pretrained(path)` reads it, and so do others.
+        """
+        tensors = {}
+        for part in (self.unet, self.vae, self.text_encoder):
+            tensors |= to_original(part)
+        save_weights({k: t.to(dtype or t.dtype) for k, t in tensors.items()}, path)
 
 
 class SamplingSteps(StoredPipeline):

@@ -30,7 +30,7 @@ __all__ = [
     "VAEConfig",
     "Encoder",
     "Decoder",
-    "rename_old_attention",
+    "squeeze_matrices",
     "check_size",
     "tile_starts",
     "fading",
@@ -279,17 +279,13 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-def rename_old_attention(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give the attention's tensors their present names and shapes."""
-    names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    renamed = {}
-    for key, tensor in state.items():
-        if ".attentions." in key:
-            layer, name, kind = key.rsplit(".", 2)
-            key = f"{layer}.{names.get(name, name)}.{kind}"
-            tensor = tensor[:, :, 0, 0] if tensor.ndim == 4 else tensor
-        renamed[key] = tensor
-    return renamed
+def squeeze_matrices(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Make matrices of the attention's 1 × 1 convolutions in original files."""
+    def squeeze(key: str, tensor: Tensor) -> Tensor:
+        is_convolution = ".attentions." in key and tensor.ndim == 4
+        return tensor[:, :, 0, 0] if is_convolution else tensor
+
+    return {key: squeeze(key, tensor) for key, tensor in state.items()}
 
 
 def check_size(x: Float[Tensor, "b c h w"], factor: int) -> None:
@@ -410,4 +406,4 @@ class AutoencoderKL(Pretrained, nn.Module):
         distribution = self.encode(x)
         return self.decode(distribution.sample(generator)), distribution
 
-    rename_on_load = staticmethod(rename_old_attention)
+    rename_on_load = staticmethod(squeeze_matrices)

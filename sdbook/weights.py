@@ -5,14 +5,20 @@ Generated from chapters/05_vae.ipynb; do not edit.
 
 import json
 import os
+import pickle
+import re
+import struct
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 __all__ = [
@@ -22,12 +28,38 @@ __all__ = [
     "read_json",
     "list_folder",
     "save_weights",
+    "DTYPES",
+    "PIECE",
+    "map_tensors",
+    "Ignored",
+    "STAND_INS",
+    "read_pickle",
     "read_weights",
     "refuse_what_is_no_weights_file",
+    "CLUES",
+    "WIDTHS",
+    "family",
     "load_strictly",
     "Config",
+    "UNET_RULES",
+    "VAE_RULES",
+    "OLD_VAE_RULES",
+    "NAMINGS",
+    "as_pattern",
+    "count_places",
+    "rename",
+    "renamed_keys",
+    "averaged_name",
+    "take_part",
+    "is_for_training",
+    "to_original",
     "read_config",
     "find_weights",
+    "find_shards",
+    "WEIGHTS_NAMES",
+    "is_hub_id",
+    "download",
+    "fill",
     "Pretrained",
 ]
 
@@ -100,12 +132,85 @@ def save_weights(state_dict: dict[str, Tensor], path: str | Path) -> None:
     write_atomically(path, write)
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a .safetensors file or of a pickle (.bin, .ckpt, .pt).
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+    "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}
+PIECE = 2**25  # bytes that are mapped together: open files are few, memory is large
 
-    A pickle is opened with `weights_only=True` and cannot run code. Raises
-    FileNotFoundError for a missing file, WeightsError for a truncated or foreign
-    one; the message names the file and the way out.
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, each a piece of that file.
+
+    Nothing is read before it is used. Changing a tensor does not change the file.
+    """
+    with safe_open(path, framework="pt"):
+        pass  # refuses a file that is cut short, or whose header is wrong
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    data, whole = 8 + length, path.stat().st_size - 8 - length
+    tensors, start, piece = {}, 0, b""
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        if begin == end:  # of nothing there is no piece
+            tensors[name] = torch.empty(shape, dtype=dtype)
+            continue
+        if end > start + len(piece):  # on to the next piece, or to one large tensor
+            start, size = begin, min(max(PIECE, end - begin), whole - begin)
+            piece = np.memmap(path, np.uint8, mode="c", offset=data + start, shape=size)
+        tensor = torch.from_numpy(piece[begin - start : end - start])
+        tensors[name] = tensor.view(dtype).view(shape)
+    return tensors
+
+
+class Ignored:
+    """Stands in for an object in a checkpoint that is no tensor."""
+
+    def __new__(cls, *arguments):
+        return super().__new__(cls)
+
+    def __init__(self, *arguments):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+STAND_INS = [
+    type(name, (Ignored,), {"__module__": module, "__qualname__": name})
+    for module, name in (
+        ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"),
+        ("numpy.core.multiarray", "scalar"),
+        ("numpy._core.multiarray", "scalar"),
+        ("numpy", "dtype"),
+        ("_codecs", "encode"),
+    )
+]
+
+
+def read_pickle(path: Path, mapped: bool = True) -> dict[str, Tensor]:
+    """The tensors of a pickle, which cannot run code while it is read."""
+    mapped = mapped and zipfile.is_zipfile(path)  # older pickles cannot be mapped
+    with torch.serialization.safe_globals(STAND_INS):
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(loaded, dict):
+        raise WeightsError(f"{path} holds a {type(loaded).__name__}, not named tensors")
+    return {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def read_weights(path: str | Path, mapped: bool = True) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file or of a pickle (.bin, .ckpt, .pt).
+
+    They are pieces of the file, not copies; with `mapped=False` a pickle is read
+    into memory at once. A pickle is opened with `weights_only=True` and cannot run
+    code. Raises FileNotFoundError for a missing file, WeightsError for one that is
+    cut short, foreign or dangerous; the message names the file and the way out.
     """
     path = Path(path)
     if not path.is_file():
@@ -113,25 +218,26 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     refuse_what_is_no_weights_file(path)
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+            return map_tensors(path)
+        return read_pickle(path, mapped)
     except SafetensorError as error:
         raise WeightsError(
             f"{path} is not a whole safetensors file ({error}); it was cut short or "
             "is another kind of file: copy or download it again"
         ) from error
-    except OSError:
+    except (OSError, WeightsError):
         raise
     except Exception as error:  # a torn pickle raises a dozen kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        guess = "it may be cut short: copy it again, or"
+        if isinstance(error, pickle.UnpicklingError):  # whose own advice is unsafe
+            wish = re.search(r"GLOBAL ([\w.]+)", str(error))
+            reason = f"it asks for {wish[1]}" if wish else "it holds more than tensors"
+            guess = "nothing in it was run;"
         raise WeightsError(
-            f"{path} could not be opened as a file of tensors ({reason}); it may be "
-            "cut short: copy it again, or use the .safetensors version of it"
+            f"{path} could not be opened as a file of tensors ({reason}); {guess} "
+            "use the .safetensors version of it"
         ) from error
-    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(loaded, dict):
-        raise WeightsError(f"{path} holds a {type(loaded).__name__}, not named tensors")
-    return {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
 
 
 def refuse_what_is_no_weights_file(path: Path) -> None:
@@ -146,13 +252,41 @@ def refuse_what_is_no_weights_file(path: Path) -> None:
         )
 
 
+CLUES = {
+    "lora": "a LoRA, which is a change to a model and not a model",
+    "conditioner.embedders.": "SDXL",
+    "add_embedding.": "SDXL",
+    "cond_stage_model.model.": "SD 2.x",
+    "joint_blocks.": "SD 3",
+    "double_blocks.": "FLUX",
+}
+# What the UNet reads, and what the text encoder writes.
+WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL", 2048: "SDXL"}
+
+
+def family(state_dict: dict[str, Tensor]) -> str:
+    """What kind of model a file looks like, from its names and widths; for errors."""
+    for clue, kind in CLUES.items():
+        if any(clue in key.lower() for key in state_dict):
+            return f"it looks like {kind}"
+    for key, tensor in state_dict.items():
+        if key.endswith(("attn2.to_k.weight", "token_embedding.weight")):
+            width = tensor.shape[-1]
+            other = f"a diffusion model of width {width}, where SD 1.x has 768"
+            return f"it looks like {WIDTHS.get(width, other)}"
+    if any(key.startswith(("decoder.", "first_stage_model.")) for key in state_dict):
+        return "it looks like an autoencoder alone"
+    return "it does not look like a diffusion model"
+
+
 def load_strictly(
     module: nn.Module, state_dict: dict[str, Tensor], where: str = "the state dict"
 ) -> None:
     """Make `state_dict` the weights of `module`; every key and shape must agree.
 
     Nothing is copied, so this also fills a module built on the meta device. Raises
-    one WeightsError that lists the missing, unexpected and mis-shaped keys.
+    one WeightsError that lists the missing, unexpected and mis-shaped keys, and
+    says which kind of model it is.
     """
     expected = module.state_dict()
     found = {
@@ -172,7 +306,9 @@ def load_strictly(
     if problems:
         raise WeightsError(
             f"{where} does not fit {type(module).__name__}: {'; '.join(problems)}. "
-            "Use the config.json that belongs to these weights"
+            f"By its names {family(state_dict)}. "
+            "Use the config.json that belongs to these weights; for a single file, "
+            "pass it as config="
         )
     module.load_state_dict(state_dict, assign=True)
 
@@ -215,6 +351,153 @@ class Config:
         return asdict(self)
 
 
+UNET_RULES = (
+    ("time_embedding.linear_1.", "time_embed.0."),
+    ("time_embedding.linear_2.", "time_embed.2."),
+    ("conv_in.", "input_blocks.0.0."),
+    ("conv_norm_out.", "out.0."),
+    ("conv_out.", "out.2."),
+    ("resnets.{layer}.norm1.", "resnets.{layer}.in_layers.0."),
+    ("resnets.{layer}.conv1.", "resnets.{layer}.in_layers.2."),
+    ("resnets.{layer}.time_emb_proj.", "resnets.{layer}.emb_layers.1."),
+    ("resnets.{layer}.norm2.", "resnets.{layer}.out_layers.0."),
+    ("resnets.{layer}.conv2.", "resnets.{layer}.out_layers.3."),
+    ("resnets.{layer}.conv_shortcut.", "resnets.{layer}.skip_connection."),
+    ("down_blocks.{level}.resnets.{layer}.", "input_blocks.{after}.0."),
+    ("down_blocks.{level}.attentions.{layer}.", "input_blocks.{after}.1."),
+    ("down_blocks.{level}.downsamplers.0.conv.", "input_blocks.{after}.0.op."),
+    ("mid_block.resnets.0.", "middle_block.0."),
+    ("mid_block.attentions.0.", "middle_block.1."),
+    ("mid_block.resnets.1.", "middle_block.2."),
+    ("up_blocks.{level}.resnets.{layer}.", "output_blocks.{place}.0."),
+    ("up_blocks.{level}.attentions.{layer}.", "output_blocks.{place}.1."),
+    ("up_blocks.{level}.upsamplers.0.conv.", "output_blocks.{place}.{last}.conv."),
+)
+VAE_RULES = (
+    ("conv_norm_out.", "norm_out."),
+    ("conv_shortcut.", "nin_shortcut."),
+    ("attentions.0.group_norm.", "attentions.0.norm."),
+    ("attentions.0.to_q.", "attentions.0.q."),
+    ("attentions.0.to_k.", "attentions.0.k."),
+    ("attentions.0.to_v.", "attentions.0.v."),
+    ("attentions.0.to_out.0.", "attentions.0.proj_out."),
+    ("mid_block.attentions.0.", "mid.attn_1."),
+    ("mid_block.resnets.0.", "mid.block_1."),
+    ("mid_block.resnets.1.", "mid.block_2."),
+    ("down_blocks.{level}.resnets.{layer}.", "down.{level}.block.{layer}."),
+    ("down_blocks.{level}.downsamplers.0.", "down.{level}.downsample."),
+    ("up_blocks.{level}.resnets.{layer}.", "up.{mirror}.block.{layer}."),
+    ("up_blocks.{level}.upsamplers.0.", "up.{mirror}.upsample."),
+)
+
+
+OLD_VAE_RULES = (
+    (".attentions.0.to_q.", ".attentions.0.query."),
+    (".attentions.0.to_k.", ".attentions.0.key."),
+    (".attentions.0.to_v.", ".attentions.0.value."),
+    (".attentions.0.to_out.0.", ".attentions.0.proj_attn."),
+)
+# Of each class, by diffusers' name for it: prefix and rules of the original first.
+NAMINGS = {
+    "UNet2DConditionModel": [("model.diffusion_model.", UNET_RULES)],
+    "AutoencoderKL": [
+        ("first_stage_model.", VAE_RULES), ("first_stage_model.", OLD_VAE_RULES),
+    ],
+    "CLIPTextModel": [("cond_stage_model.transformer.", ())],
+}
+
+
+@cache
+def as_pattern(rule: str) -> re.Pattern:
+    """`resnets.{layer}.` as a regular expression that finds the number."""
+    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(rule)))
+
+
+def count_places(config, level: int, layer: int) -> dict[str, int]:
+    """The numbers that a rule may write, from where a block is in our tree."""
+    levels = len(config.block_out_channels)
+    place = (config.layers_per_block + 1) * level + layer
+    kinds = getattr(config, "up_block_types", ("",) * levels)
+    return {
+        "level": level, "layer": layer, "place": place, "after": place + 1,
+        "mirror": levels - 1 - level, "last": 1 + ("CrossAttn" in kinds[level]),
+    }
+
+
+def rename(key: str, rules: tuple, config) -> str:
+    """One of our keys in the words of others: each rule in turn."""
+    for ours, theirs in rules:
+        found = as_pattern(ours).search(key)
+        if found:
+            numbers = {name: int(text) for name, text in found.groupdict().items()}
+            if "level" in numbers:  # a sampler has no layer: it comes last
+                layer = numbers.get("layer", config.layers_per_block)
+                numbers = count_places(config, numbers["level"], layer)
+            key = key[: found.start()] + theirs.format(**numbers) + key[found.end() :]
+    return key
+
+
+def renamed_keys(model: nn.Module, naming: int = 0) -> dict[str, str]:
+    """Each key of the model's file, and what others call it: {ours: theirs}."""
+    prefix, rules = NAMINGS[model.diffusers_class][naming]
+    keys = model.rename_on_save(model.state_dict())
+    return {key: prefix + rename(key, rules, model.config) for key in keys}
+
+
+def averaged_name(key: str) -> str:
+    """Where an original checkpoint keeps the running average (EMA) of a weight."""
+    return "model_ema." + key.removeprefix("model.").replace(".", "")
+
+
+def take_part(
+    model: nn.Module, state_dict: dict[str, Tensor], ema: bool = True
+) -> dict[str, Tensor]:
+    """What of a file belongs to the model, with the names of the model's own file.
+
+    Of an original checkpoint that holds the UNet twice it takes the averaged (EMA)
+    copy, or with `ema=False` the other. Names that it does not know stay, so that
+    strict loading can list them.
+    """
+    namings = NAMINGS.get(model.diffusers_class, [])
+    if not namings:
+        return state_dict
+    if any(key.startswith("vision_model.") for key in state_dict):  # a whole CLIP
+        return {k: t for k, t in state_dict.items() if k.startswith("text_model.")}
+    ours = {}
+    for naming in range(len(namings)):
+        ours |= {name: key for key, name in renamed_keys(model, naming).items()}
+    prefix = namings[0][0]
+    part = {k: t for k, t in state_dict.items() if k.startswith(prefix)}
+    if ema and any(averaged_name(name) in state_dict for name in ours):
+        averages = {name: averaged_name(name) for name in ours}
+        part = {k: state_dict[a] for k, a in averages.items() if a in state_dict}
+    if not part:
+        part = {prefix + key: tensor for key, tensor in state_dict.items()}
+        if any(key in ours and prefix + ours[key] != key for key in part):
+            # The original's network alone, perhaps with what only training needed.
+            part = {k: t for k, t in part.items() if not is_for_training(k, prefix)}
+    named = {ours.get(key, key): tensor for key, tensor in part.items()}
+    return {key.removeprefix(prefix): tensor for key, tensor in named.items()}
+
+
+def is_for_training(key: str, prefix: str = "") -> bool:
+    """Whether an original checkpoint's key is no weight of the three networks."""
+    key = key.removeprefix(prefix)
+    return key.startswith(("model_ema.", "loss.")) or "." not in key
+
+
+def to_original(model: nn.Module) -> dict[str, Tensor]:
+    """The weights as an original Stable Diffusion file has them, ready to be saved."""
+    state_dict = model.rename_on_save(model.state_dict())
+    original = {}
+    for key, name in renamed_keys(model).items():
+        tensor = state_dict[key]
+        if ".attn_1." in name and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]  # there, a 1 × 1 convolution
+        original[name] = tensor
+    return original
+
+
 def read_config(folder: str | Path, config_class: type, class_name: str):
     """The config in a folder, which must belong to `class_name` if it says whose."""
     where = Path(folder) / "config.json"
@@ -225,20 +508,110 @@ def read_config(folder: str | Path, config_class: type, class_name: str):
             f"{where} belongs to {other}, not to {class_name}; "
             "give the folder of the right model"
         )
+    if "text_config" in values:  # of a whole CLIP, among many options of no effect
+        known = {field.name for field in fields(config_class)} | {*config_class.fixed}
+        half = values["text_config"]
+        values = {key: value for key, value in half.items() if key in known}
     return config_class.from_dict(values, str(where))
 
 
-def find_weights(folder: str | Path, name: str) -> Path:
-    """The weights file in a folder: `name`, its half precision copy, or a pickle."""
+def find_weights(
+    folder: str | Path, name: str, variant: str | None = None
+) -> list[Path]:
+    """The weights file in a folder, or all its shards; safetensors before pickles.
+
+    Without a `variant`, the usual file or else its half precision copy. Raises
+    FileNotFoundError, which says what is there, or which shard is not.
+    """
     folder, stem = Path(folder), Path(name).stem
-    old = "pytorch_model.bin" if stem == "model" else f"{stem}.bin"
-    for candidate in (name, f"{stem}.fp16.safetensors", old):
-        if (folder / candidate).is_file():
-            return folder / candidate
+    old = "pytorch_model" if stem == "model" else stem
+    for mark in [f".{variant}"] if variant else ["", ".fp16"]:
+        for start, kind in ((stem, "safetensors"), (old, "bin")):
+            if (folder / f"{start}{mark}.{kind}").is_file():
+                return [folder / f"{start}{mark}.{kind}"]
+            index = folder / f"{start}.{kind}.index{mark}.json"
+            if index.is_file():
+                return find_shards(index)
+    wanted = f"{stem}.{variant}.safetensors" if variant else name
     raise FileNotFoundError(
-        f"{folder} has no {name} (it has: {list_folder(folder)}); "
+        f"{folder} has no {wanted} (it has: {list_folder(folder)}); "
         "copy the weights file there, or save the model again"
     )
+
+
+def find_shards(index: Path) -> list[Path]:
+    """The files that an index names, all of which must be there."""
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing or not names:
+        raise FileNotFoundError(
+            f"{index} needs {', '.join(missing) or 'a weight_map'}, but {index.parent} "
+            f"has only: {list_folder(index.parent)}; copy or download all of it again"
+        )
+    return [index.parent / name for name in names]
+
+
+WEIGHTS_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
+
+
+def is_hub_id(name: str | os.PathLike) -> bool:
+    """Whether a name looks like `owner/model` and is nothing on this machine."""
+    parts = str(name).split("/")
+    return (
+        len(parts) == 2
+        and all(parts)
+        and parts[0] not in (".", "..", "~")
+        and not Path(name).exists()
+    )
+
+
+def download(
+    repository: str,
+    folders: tuple[str, ...] = ("",),
+    revision: str | None = None,
+    variant: str | None = None,
+    weights: bool = True,
+) -> Path:
+    """The local copy of a Hugging Face repository, fetched on first use.
+
+    Takes configs, vocabularies and, of `folders`, the weights: safetensors, or
+    pickles where there are none. The library's cache, HF_HUB_OFFLINE and HF_TOKEN
+    hold as usual. Raises FileNotFoundError with the id and the way out.
+    """
+    from huggingface_hub import snapshot_download
+
+    starts = [f"{folder}/" if folder else "" for folder in folders]
+    mark = f".{variant}" if variant else ""
+    stems = [f"{name}{mark}{end}" for name in WEIGHTS_NAMES for end in (".", "-*.")]
+    try:
+        for kind in ("safetensors", "bin"):
+            files = ["*.json", "*.txt"] + [f"{s}{kind}" for s in stems if weights]
+            patterns = [f"{start}{file}" for start in starts for file in files]
+            folder = snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=["model_index.json", *patterns],
+            )
+            if not weights or any(Path(folder).rglob(f"*.{kind}")):
+                break
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        at = f" at revision {revision!r}" if revision else ""
+        raise FileNotFoundError(
+            f"could not fetch {repository!r}{at} from the Hugging Face hub ({reason}); "
+            f"there is no local folder {repository!r} either. Check the id and the "
+            "network, or download it elsewhere and give the folder"
+        ) from error
+    return Path(folder)
+
+
+def fill(model: nn.Module, files: list[Path], mapped: bool, ema: bool) -> None:
+    """Load one file, or the shards of one, into a model on the meta device."""
+    state_dict = {}
+    for file in files:
+        state_dict |= read_weights(file, mapped)
+    state_dict = model.rename_on_load(take_part(model, state_dict, ema))
+    load_strictly(model, state_dict, str(files[0]))
 
 
 class Pretrained:
@@ -255,17 +628,41 @@ class Pretrained:
     diffusers_class: ClassVar[str] = ""
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None):
-        """Read the model from a folder, ready to evaluate, as `dtype` (or float32).
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        ema: bool = True,
+        config: Config | None = None,
+    ):
+        """Read the model from a folder, a hub id or one file, ready to evaluate.
 
-        Raises FileNotFoundError or WeightsError, which name the file and the remedy.
+        The weights become `dtype`, or float32. Of an original checkpoint it takes
+        its own part, averaged (EMA) if there is a choice and `ema` is True. A file
+        has the `config` that is given, or lies beside it, or else SD 1.5's. Raises
+        FileNotFoundError or WeightsError, which name the file and the remedy.
         """
-        config = read_config(folder, cls.config_class, cls.diffusers_class)
+        dtype, path = dtype or torch.float32, Path(source)
+        if is_hub_id(source):
+            path = download(str(source), revision=revision, variant=variant)
+        if config is None:
+            config = cls.find_config(path)
+        one = path.is_file()
+        files = [path] if one else find_weights(path, cls.weights_name, variant)
         with torch.device("meta"):
             model = cls(config)
-        path = find_weights(folder, cls.weights_name)
-        load_strictly(model, cls.rename_on_load(read_weights(path)), str(path))
-        return model.to(dtype or torch.float32).eval()
+        fill(model, files, mapped=dtype == torch.float32, ema=ema)
+        return model.to(dtype).eval()
+
+    @classmethod
+    def find_config(cls, path: Path):
+        """The config of a folder, or of a file: beside it, or else SD 1.5's."""
+        if path.is_file() and not (path.parent / "config.json").is_file():
+            return cls.config_class()
+        folder = path.parent if path.is_file() else path
+        return read_config(folder, cls.config_class, cls.diffusers_class)
 
     def save_pretrained(
         self, folder: str | Path, dtype: torch.dtype | None = None

@@ -426,9 +426,9 @@ def test_folder_without_an_index(tmp_path):
         StableDiffusion.from_pretrained(tmp_path)
 
 
-def test_single_file(tmp_path):
+def test_an_empty_single_file(tmp_path):
     (tmp_path / "model.ckpt").touch()
-    with pytest.raises(ValueError, match="model.ckpt is a single file; give a folder"):
+    with pytest.raises(ValueError, match="model.ckpt is empty; copy or download"):
         StableDiffusion.from_pretrained(tmp_path / "model.ckpt")
 
 
