@@ -8,7 +8,8 @@ Makes random weights of SD 1.5's architecture in a temporary folder, which is re
 again (--folder keeps them elsewhere). Then ours and diffusers each open that folder
 in a fresh Python, as float32 on the CPU, and draw the same prompt from the same
 noise. Memory is the largest resident set of each; `import torch` alone, and the
-import of the library, are recorded as well. The record goes to
+import of the library, are recorded as well. The seconds are those of a single run and
+of whatever else the machine was doing: quote the memory. The record goes to
 data/runs/full_size/results.json, or where --json says.
 """
 
