@@ -164,7 +164,9 @@ def measure(folder: Path, size: int, steps: int) -> tuple[dict, list[dict]]:
     with tempfile.TemporaryDirectory() as temporary:
         for who in ("ours", "diffusers"):
             file = str(Path(temporary) / f"{who}.npz")
-            rows.append(run(DRAW, who, str(folder), str(size), str(steps), PROMPT, file))
+            rows.append(
+                run(DRAW, who, str(folder), str(size), str(steps), PROMPT, file)
+            )
             print(json.dumps(rows[-1]), flush=True)
             with np.load(file) as arrays:
                 drawn.append(dict(arrays))
