@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from .attention import fused_attention
 from .resblocks import ResBlock
-from .weights import Config, Pretrained, write_json
+from .weights import Config, Pretrained, rename_all, write_json
 
 __all__ = [
     "byte_symbols",
@@ -401,11 +401,8 @@ class CLIPTextModel(Pretrained, nn.Module):
     @staticmethod
     def rename_on_load(state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Take keys with and without `text_model.`; drop `position_ids`."""
-        return {
-            key.removeprefix("text_model."): tensor
-            for key, tensor in state.items()
-            if not key.endswith("position_ids")
-        }
+        weights = {k: t for k, t in state.items() if not k.endswith("position_ids")}
+        return rename_all(weights, lambda key: key.removeprefix("text_model."))
 
     @staticmethod
     def rename_on_save(state: dict[str, Tensor]) -> dict[str, Tensor]:

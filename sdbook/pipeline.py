@@ -41,6 +41,7 @@ from .weights import (
     is_hub_id,
     read_json,
     read_weights,
+    refuse_options,
     save_weights,
     to_original,
     write_json,
@@ -255,9 +256,8 @@ def find_tokenizer(source: str | os.PathLike | None) -> Path:
         try:
             path = download(str(path), weights=False)
         except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"a single file holds no tokenizer, and {error} as tokenizer="
-            ) from error
+            why = "" if source else "a single file holds no tokenizer, and "
+            raise FileNotFoundError(f"{why}{error} as tokenizer=") from error
     return path / "tokenizer" if (path / "tokenizer").is_dir() else path
 
 
@@ -290,6 +290,11 @@ def open_checkpoint(path: Path, dtype, ema: bool, config, tokenizer) -> tuple:
     if config is not None and is_hub_id(config):
         config = download(str(config), tuple(PARTS), weights=False)
     folder = None if config is None else find_model(config)
+    if folder and folder.is_file():
+        raise ValueError(
+            f"config={str(config)!r} is a file, but must be a folder: that of a model "
+            "with the sizes of this one, in diffusers' layout"
+        )
     words = find_tokenizer(tokenizer or folder)  # before the slow part
     networks = []
     for name, kind in (
@@ -327,28 +332,36 @@ class StoredPipeline(Components):
         `dtype` defaults to float32; `variant` ("fp16") names another copy of the
         weights, `revision` a version on the hub. Of one original file it takes the
         averaged (EMA) UNet if there are two, the other with `ema=False`; `config`
-        is then a folder with the sizes, if they are not SD 1.5's, and `tokenizer`
-        a folder or id, by default `config`'s or CLIP's. Raises FileNotFoundError or
-        ValueError, naming the file and the way out.
+        is then a folder with the sizes, if they are not SD 1.5's. `tokenizer` is a
+        folder or id, by default the model's own; for a file, `config`'s or CLIP's.
+        Raises FileNotFoundError or ValueError, naming the file and the way out, also
+        for what would mean nothing: `ema=False` or `config` of a folder, `variant`
+        or `revision` of a file.
         """
+        if Path(name).is_file():
+            options = {"variant": variant, "revision": revision}
+            refuse_options(name, "a folder or a hub id", **options)
+            return cls(*open_checkpoint(Path(name), dtype, ema, config, tokenizer))
+        refuse_options(name, "a single file", ema=None if ema else ema, config=config)
         folder = find_model(name, revision, variant)
-        if folder.is_file():
-            return cls(*open_checkpoint(folder, dtype, ema, config, tokenizer))
         path = folder / "model_index.json"
         index = read_json(path)
         for part, (_, expected) in PARTS.items():
-            found = (index.get(part) or [None, None])[1]
+            entry = index.get(part)
+            is_pair = isinstance(entry, list) and len(entry) == 2
+            found = entry[1] if is_pair else entry
             known = (expected, f"{expected}Fast") if expected else (found,)
-            if found is None or found not in known:
+            if not is_pair or not isinstance(found, str) or found not in known:
                 raise WeightsError(
                     f"{path} ({index.get('_class_name')}) has {part} = {found}, "
                     f"expected {expected or 'a scheduler'}; "
                     "give a Stable Diffusion 1.x model"
                 )
+        words = find_tokenizer(tokenizer) if tokenizer else folder / "tokenizer"
         return cls(
             AutoencoderKL.from_pretrained(folder / "vae", dtype, variant),
             CLIPTextModel.from_pretrained(folder / "text_encoder", dtype, variant),
-            Tokenizer.from_pretrained(tokenizer or folder / "tokenizer"),
+            Tokenizer.from_pretrained(words),
             UNet.from_pretrained(folder / "unet", dtype, variant),
             load_scheduler(folder / "scheduler"),
         )

@@ -26,7 +26,7 @@ __all__ = [
     "MidBlock",
     "DiagonalGaussian",
     "BLOCK_TYPES",
-    "without_block_types",
+    "check_block_types",
     "VAEConfig",
     "Encoder",
     "Decoder",
@@ -163,19 +163,15 @@ BLOCK_TYPES = {
 }
 
 
-def without_block_types(
-    values: dict[str, Any], count: int, where: str
-) -> dict[str, Any]:
-    """Take the types of `count` levels out of a config, if they are the plain ones."""
-    values = dict(values)
+def check_block_types(values: dict[str, Any], count: int, where: str) -> None:
+    """Raise WeightsError unless a config's `count` levels are of the plain types."""
     for key, kind in BLOCK_TYPES.items():
-        given = list(values.pop(key, [kind] * count))
-        if given != [kind] * count:
+        given = values.get(key, [kind] * count)
+        if given not in ([kind] * count, (kind,) * count):
             raise WeightsError(
                 f"{where}: {key}={given} is not what we build; it must be "
                 f"{kind!r}, {count} times"
             )
-    return values
 
 
 @dataclass(frozen=True)
@@ -216,8 +212,10 @@ class VAEConfig(Config):
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "the config"):
         """Read config.json, whose block types must be the plain ones."""
-        count = len(values.get("block_out_channels", cls.block_out_channels))
-        return super().from_dict(without_block_types(values, count, where), where)
+        sizes = {key: value for key, value in values.items() if key not in BLOCK_TYPES}
+        config = super().from_dict(sizes, where)
+        check_block_types(values, len(config.block_out_channels), where)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds, block types included."""
@@ -282,8 +280,8 @@ class Decoder(nn.Module):
 def squeeze_matrices(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Make matrices of the attention's 1 × 1 convolutions in original files."""
     def squeeze(key: str, tensor: Tensor) -> Tensor:
-        is_convolution = ".attentions." in key and tensor.ndim == 4
-        return tensor[:, :, 0, 0] if is_convolution else tensor
+        is_matrix = ".attentions." in key and tensor.shape[2:] == (1, 1)
+        return tensor[:, :, 0, 0] if is_matrix else tensor
 
     return {key: squeeze(key, tensor) for key, tensor in state.items()}
 

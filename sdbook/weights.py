@@ -3,17 +3,20 @@
 Generated from chapters/05_vae.ipynb; do not edit.
 """
 
+import errno
 import json
 import os
 import pickle
 import re
 import struct
+import threading
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import cache
+from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args, get_origin
 
 import numpy as np
 import torch
@@ -31,6 +34,7 @@ __all__ = [
     "DTYPES",
     "PIECE",
     "map_tensors",
+    "unknown_type",
     "Ignored",
     "STAND_INS",
     "read_pickle",
@@ -40,6 +44,7 @@ __all__ = [
     "WIDTHS",
     "family",
     "load_strictly",
+    "is_of_type",
     "Config",
     "UNET_RULES",
     "VAE_RULES",
@@ -50,17 +55,24 @@ __all__ = [
     "rename",
     "renamed_keys",
     "averaged_name",
-    "take_part",
     "is_for_training",
+    "rename_all",
+    "take_averages",
+    "take_part",
     "to_original",
     "read_config",
     "find_weights",
     "find_shards",
-    "WEIGHTS_NAMES",
     "is_hub_id",
+    "WEIGHTS_NAMES",
+    "weights_patterns",
+    "lacks_weights",
+    "fetch",
     "download",
+    "BUILDING",
     "build_empty",
     "fill",
+    "refuse_options",
     "Pretrained",
 ]
 
@@ -139,7 +151,7 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
-PIECE = 2**25  # bytes that are mapped together: open files are few, memory is large
+PIECE = 2**28  # bytes that are mapped together: each piece keeps a file open
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:
@@ -157,6 +169,8 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
     tensors, start, piece = {}, 0, b""
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
+        if entry["dtype"] not in DTYPES:
+            raise unknown_type(path, entry["dtype"])
         dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
         if begin == end:  # of nothing there is no piece
             tensors[name] = torch.empty(shape, dtype=dtype)
@@ -167,6 +181,14 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
         tensor = torch.from_numpy(piece[begin - start : end - start])
         tensors[name] = tensor.view(dtype).view(shape)
     return tensors
+
+
+def unknown_type(path: Path, kind: str) -> WeightsError:
+    """The error for numbers of a type that neither PyTorch nor we compute with."""
+    return WeightsError(
+        f"{path} holds numbers of the type {kind}, which we cannot read; "
+        "use a float32, float16 or bfloat16 version of it"
+    )
 
 
 class Ignored:
@@ -218,10 +240,12 @@ def read_weights(path: str | Path, mapped: bool = True) -> dict[str, Tensor]:
         raise FileNotFoundError(f"there is no weights file {path}")
     refuse_what_is_no_weights_file(path)
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return map_tensors(path)
         return read_pickle(path, mapped)
     except SafetensorError as error:
+        if kind := re.search(r"unknown variant `(\w+)`", str(error)):
+            raise unknown_type(path, kind[1]) from error
         raise WeightsError(
             f"{path} is not a whole safetensors file ({error}); it was cut short or "
             "is another kind of file: copy or download it again"
@@ -230,6 +254,8 @@ def read_weights(path: str | Path, mapped: bool = True) -> dict[str, Tensor]:
         raise
     except Exception as error:  # a torn pickle raises a dozen kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "Too many open files" in reason:  # which is no fault of this file
+            raise OSError(errno.EMFILE, "Too many open files", str(path)) from error
         guess = "it may be cut short: copy it again, or"
         if isinstance(error, pickle.UnpicklingError):  # whose own advice is unsafe
             wish = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -255,6 +281,8 @@ def refuse_what_is_no_weights_file(path: Path) -> None:
 
 CLUES = {
     "lora": "a LoRA, which is a change to a model and not a model",
+    "control_model.": "a ControlNet, which steers a model and is not a model",
+    "controlnet_": "a ControlNet, which steers a model and is not a model",
     "conditioner.embedders.": "SDXL",
     "add_embedding.": "SDXL",
     "cond_stage_model.model.": "SD 2.x",
@@ -286,8 +314,8 @@ def load_strictly(
     """Make `state_dict` the weights of `module`; every key and shape must agree.
 
     Nothing is copied, so this also fills a module built on the meta device. Raises
-    one WeightsError that lists the missing, unexpected and mis-shaped keys, and
-    says which kind of model it is.
+    one WeightsError that lists the missing, unexpected, mis-shaped and whole-numbered
+    keys, and says which kind of model it is.
     """
     expected = module.state_dict()
     found = {
@@ -297,6 +325,12 @@ def load_strictly(
             f"{key}: file {tuple(state_dict[key].shape)}, model {tuple(tensor.shape)}"
             for key, tensor in expected.items()
             if key in state_dict and state_dict[key].shape != tensor.shape
+        ],
+        "not floating-point": [  # as of a model that was quantised to whole numbers
+            f"{key}: {tensor.dtype}"
+            for key, tensor in state_dict.items()
+            if key in expected
+            and expected[key].is_floating_point() > tensor.is_floating_point()
         ],
     }
     problems = [
@@ -314,6 +348,18 @@ def load_strictly(
     module.load_state_dict(state_dict, assign=True)
 
 
+def is_of_type(value: Any, kind: Any, least: int = 1) -> bool:
+    """Whether a config's value is of its field's type, and no number below `least`."""
+    if get_origin(kind) is tuple:  # tuple[int, ...]
+        each = get_args(kind)[0]
+        return type(value) is tuple and all(is_of_type(one, each) for one in value)
+    if get_args(kind):  # int | tuple[int, ...]
+        return any(is_of_type(value, one) for one in get_args(kind))
+    if kind is float:
+        return type(value) in (int, float) and value > 0
+    return type(value) is kind and (kind is not int or value >= least)
+
+
 @dataclass(frozen=True)
 class Config:
     """Base of the model configs: a frozen dataclass that reads and writes config.json.
@@ -329,12 +375,15 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "the config"):
         """Build it from what config.json holds; WeightsError for what we do not do."""
-        names = {field.name for field in fields(cls)}
-        known, refused = {}, []
+        options = {field.name: field for field in fields(cls)}
+        known, refused, misfits = {}, [], []
         for key, value in values.items():
             value = tuple(value) if isinstance(value, list) else value
-            if key in names:
-                known[key] = value
+            if key in options:
+                known[key], field = value, options[key]
+                # Sizes begin at 1, and only the numbers of tokens at 0.
+                if not is_of_type(value, field.type, not key.endswith("_token_id")):
+                    misfits.append(f"{key}={value!r} (like {field.default!r})")
             elif key in cls.fixed:
                 if value != cls.fixed[key]:
                     refused.append(f"{key}={value!r} (only {cls.fixed[key]!r})")
@@ -345,7 +394,15 @@ class Config:
                 f"{where} asks for what {cls.__name__} does not do: "
                 f"{', '.join(refused)}. Use a Stable Diffusion 1.x model"
             )
-        return cls(**known)
+        if misfits:
+            raise WeightsError(
+                f"{where} has values that cannot be: {', '.join(misfits)}. Use the "
+                "config.json that belongs to the weights"
+            )
+        try:
+            return cls(**known)
+        except ValueError as error:
+            raise WeightsError(f"{where}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds; the reference library reads it too."""
@@ -450,6 +507,39 @@ def averaged_name(key: str) -> str:
     return "model_ema." + key.removeprefix("model.").replace(".", "")
 
 
+def is_for_training(key: str) -> bool:
+    """Whether an original checkpoint's key is no weight of the three networks."""
+    return key.startswith(("model_ema.", "loss.")) or "." not in key
+
+
+def rename_all(
+    state_dict: dict[str, Tensor], new_name: Callable[[str], str]
+) -> dict[str, Tensor]:
+    """Rename every key; WeightsError where two of them would get one name."""
+    sources = {}
+    for key in state_dict:
+        other = sources.setdefault(new_name(key), key)
+        if other != key:
+            raise WeightsError(
+                f"{other} and {key} are two names of one weight, {new_name(key)}; "
+                "remove the one that does not belong to the model"
+            )
+    return {name: state_dict[key] for name, key in sources.items()}
+
+
+def take_averages(
+    part: dict[str, Tensor], state_dict: dict[str, Tensor], names: set[str]
+) -> dict[str, Tensor]:
+    """The averaged copy of `names` in place of the other; what is unknown stays."""
+    averages = {averaged_name(name): name for name in names}
+    counters = ("model_ema.decay", "model_ema.num_updates")  # of the averaging itself
+    taken = {key: tensor for key, tensor in part.items() if key not in names}
+    for key, tensor in state_dict.items():
+        if key.startswith("model_ema.") and key not in counters:
+            taken[averages.get(key, key)] = tensor
+    return taken
+
+
 def take_part(
     model: nn.Module, state_dict: dict[str, Tensor], ema: bool = True
 ) -> dict[str, Tensor]:
@@ -457,7 +547,7 @@ def take_part(
 
     Of an original checkpoint that holds the UNet twice it takes the averaged (EMA)
     copy, or with `ema=False` the other. Names that it does not know stay, so that
-    strict loading can list them.
+    strict loading can list them. Raises WeightsError for a weight with two names.
     """
     namings = NAMINGS.get(model.diffusers_class, [])
     if not namings:
@@ -470,21 +560,16 @@ def take_part(
     prefix = namings[0][0]
     part = {k: t for k, t in state_dict.items() if k.startswith(prefix)}
     if ema and any(averaged_name(name) in state_dict for name in ours):
-        averages = {name: averaged_name(name) for name in ours}
-        part = {k: state_dict[a] for k, a in averages.items() if a in state_dict}
+        part = take_averages(part, state_dict, set(ours))
+    start = "" if part else prefix
     if not part:
-        part = {prefix + key: tensor for key, tensor in state_dict.items()}
-        if any(key in ours and prefix + ours[key] != key for key in part):
+        part = state_dict
+        if any(ours.get(prefix + key, key) != key for key in part):
             # The original's network alone, perhaps with what only training needed.
-            part = {k: t for k, t in part.items() if not is_for_training(k, prefix)}
-    named = {ours.get(key, key): tensor for key, tensor in part.items()}
-    return {key.removeprefix(prefix): tensor for key, tensor in named.items()}
-
-
-def is_for_training(key: str, prefix: str = "") -> bool:
-    """Whether an original checkpoint's key is no weight of the three networks."""
-    key = key.removeprefix(prefix)
-    return key.startswith(("model_ema.", "loss.")) or "." not in key
+            part = {k: t for k, t in part.items() if not is_for_training(k)}
+    return rename_all(
+        part, lambda key: ours.get(start + key, key).removeprefix(prefix)
+    )
 
 
 def to_original(model: nn.Module) -> dict[str, Tensor]:
@@ -509,9 +594,9 @@ def read_config(folder: str | Path, config_class: type, class_name: str):
             f"{where} belongs to {other}, not to {class_name}; "
             "give the folder of the right model"
         )
-    if "text_config" in values:  # of a whole CLIP, among many options of no effect
+    half = values.get("text_config")
+    if isinstance(half, dict):  # of a whole CLIP, among many options of no effect
         known = {field.name for field in fields(config_class)} | {*config_class.fixed}
-        half = values["text_config"]
         values = {key: value for key, value in half.items() if key in known}
     return config_class.from_dict(values, str(where))
 
@@ -521,12 +606,14 @@ def find_weights(
 ) -> list[Path]:
     """The weights file in a folder, or all its shards; safetensors before pickles.
 
-    Without a `variant`, the usual file or else its half precision copy. Raises
-    FileNotFoundError, which says what is there, or which shard is not.
+    Without a `variant`, the usual file or else its half precision copy; with "" the
+    usual alone. Raises FileNotFoundError, which says what is there, or which shard
+    is not, and WeightsError for an index that is none.
     """
     folder, stem = Path(folder), Path(name).stem
     old = "pytorch_model" if stem == "model" else stem
-    for mark in [f".{variant}"] if variant else ["", ".fp16"]:
+    for copy in ("", "fp16") if variant is None else (variant,):
+        mark = f".{copy}" if copy else ""
         for start, kind in ((stem, "safetensors"), (old, "bin")):
             if (folder / f"{start}{mark}.{kind}").is_file():
                 return [folder / f"{start}{mark}.{kind}"]
@@ -542,17 +629,21 @@ def find_weights(
 
 def find_shards(index: Path) -> list[Path]:
     """The files that an index names, all of which must be there."""
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    where = read_json(index).get("weight_map")
+    names = list(where.values()) if isinstance(where, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise WeightsError(
+            f"{index} needs a weight_map that says of each tensor which file holds it, "
+            f"not {str(where):.40}; copy or download it again"
+        )
+    names = sorted(set(names))
     missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing or not names:
+    if missing:
         raise FileNotFoundError(
-            f"{index} needs {', '.join(missing) or 'a weight_map'}, but {index.parent} "
+            f"{index} needs {', '.join(missing)}, but {index.parent} "
             f"has only: {list_folder(index.parent)}; copy or download all of it again"
         )
     return [index.parent / name for name in names]
-
-
-WEIGHTS_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
 
 
 def is_hub_id(name: str | os.PathLike) -> bool:
@@ -566,6 +657,44 @@ def is_hub_id(name: str | os.PathLike) -> bool:
     )
 
 
+WEIGHTS_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
+
+
+def weights_patterns(mark: str, kind: str) -> list[str]:
+    """What weights files may be called, whole or in shards, of the older kind too."""
+    ends = (mark, f"{mark}-?????-of-?????", f"-?????-of-?????{mark}")
+    return [f"{name}{end}.{kind}" for name in WEIGHTS_NAMES for end in ends]
+
+
+def lacks_weights(folder: Path, variant: str) -> bool:
+    """Whether a folder has a network's config but not its weights of this variant."""
+    for name in WEIGHTS_NAMES[:2]:
+        try:
+            find_weights(folder, name, variant)
+            return False
+        except FileNotFoundError:
+            pass
+    return (folder / "config.json").is_file()
+
+
+def fetch(repository: str, revision: str | None, patterns: list[str]) -> Path:
+    """The cached copy of a repository, with the files that fit the patterns."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=patterns)
+        )
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        at = f" at revision {revision!r}" if revision else ""
+        raise FileNotFoundError(
+            f"could not fetch {repository!r}{at} from the Hugging Face hub ({reason}); "
+            f"there is no local folder {repository!r} either. Check the id and the "
+            "network, or download it elsewhere and give the folder"
+        ) from error
+
+
 def download(
     repository: str,
     folders: tuple[str, ...] = ("",),
@@ -576,46 +705,44 @@ def download(
     """The local copy of a Hugging Face repository, fetched on first use.
 
     Takes configs, vocabularies and, of `folders`, the weights: safetensors, or
-    pickles where there are none. The library's cache, HF_HUB_OFFLINE and HF_TOKEN
-    hold as usual. Raises FileNotFoundError with the id and the way out.
+    pickles where there are none, or else their half precision copies. The library's
+    cache, HF_HUB_OFFLINE and HF_TOKEN hold as usual. Raises FileNotFoundError with
+    the id and the way out.
     """
-    from huggingface_hub import snapshot_download
+    starts = {folder: f"{folder}/" if folder else "" for folder in folders}
+    texts = [s + text for s in starts.values() for text in ("*.json", "*.txt")]
+    missing = list(folders) if weights else []
+    copies = ("", "fp16") if variant is None else (variant,)
+    for copy, kind in product(copies, ("safetensors", "bin")):
+        files = weights_patterns(f".{copy}" if copy else "", kind)
+        wanted = [starts[folder] + file for folder in missing for file in files]
+        root = fetch(repository, revision, ["model_index.json", *texts, *wanted])
+        missing = [folder for folder in missing if lacks_weights(root / folder, copy)]
+        if not missing:
+            break
+    return root
 
-    starts = [f"{folder}/" if folder else "" for folder in folders]
-    mark = f".{variant}" if variant else ""
-    stems = [f"{name}{mark}{end}" for name in WEIGHTS_NAMES for end in (".", "-*.")]
-    try:
-        for kind in ("safetensors", "bin"):
-            files = ["*.json", "*.txt"] + [f"{s}{kind}" for s in stems if weights]
-            patterns = [f"{start}{file}" for start in starts for file in files]
-            folder = snapshot_download(
-                repository,
-                revision=revision,
-                allow_patterns=["model_index.json", *patterns],
-            )
-            if not weights or any(Path(folder).rglob(f"*.{kind}")):
-                break
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        at = f" at revision {revision!r}" if revision else ""
-        raise FileNotFoundError(
-            f"could not fetch {repository!r}{at} from the Hugging Face hub ({reason}); "
-            f"there is no local folder {repository!r} either. Check the id and the "
-            "network, or download it elsewhere and give the folder"
-        ) from error
-    return Path(folder)
+
+# `build_empty` exchanges a function of PyTorch's. Two at once could each put back
+# what the other had put there, and leave it exchanged for good.
+BUILDING = threading.Lock()
 
 
 def build_empty(model_class: type, config: Config) -> nn.Module:
     """A model on the meta device: parameters with shapes and without memory."""
-    draw = nn.init.normal_
-    try:
-        # Random numbers for no memory: PyTorch would load its compiler for them.
-        nn.init.normal_ = lambda tensor, *arguments, **options: tensor
-        with torch.device("meta"):
-            return model_class(config)
-    finally:
-        nn.init.normal_ = draw
+
+    def skip(tensor: Tensor, *arguments, **options) -> Tensor:
+        return tensor if tensor.is_meta else draw(tensor, *arguments, **options)
+
+    with BUILDING:
+        draw = nn.init.normal_
+        try:
+            # Random numbers for no memory: PyTorch would load its compiler for them.
+            nn.init.normal_ = skip
+            with torch.device("meta"):
+                return model_class(config)
+        finally:
+            nn.init.normal_ = draw
 
 
 def fill(model: nn.Module, files: list[Path], mapped: bool, ema: bool) -> None:
@@ -623,8 +750,20 @@ def fill(model: nn.Module, files: list[Path], mapped: bool, ema: bool) -> None:
     state_dict = {}
     for file in files:
         state_dict |= read_weights(file, mapped)
-    state_dict = model.rename_on_load(take_part(model, state_dict, ema))
+    try:
+        state_dict = model.rename_on_load(take_part(model, state_dict, ema))
+    except WeightsError as error:
+        raise WeightsError(f"{files[0]}: {error}") from error
     load_strictly(model, state_dict, str(files[0]))
+
+
+def refuse_options(source: str | os.PathLike, kind: str, **options) -> None:
+    """Raise ValueError if options are given that only another kind of source has."""
+    given = [f"{key}={value!r}" for key, value in options.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: only for {kind}, which {source} is not; leave it out"
+        )
 
 
 class Pretrained:
@@ -655,9 +794,13 @@ class Pretrained:
         The weights become `dtype`, or float32. Of an original checkpoint it takes
         its own part, averaged (EMA) if there is a choice and `ema` is True. A file
         has the `config` that is given, or lies beside it, or else SD 1.5's. Raises
-        FileNotFoundError or WeightsError, which name the file and the remedy.
+        FileNotFoundError or WeightsError, which name the file and the remedy, and
+        ValueError for a `variant` or `revision` of a file.
         """
         dtype, path = dtype or torch.float32, Path(source)
+        if path.is_file():
+            options = {"variant": variant, "revision": revision}
+            refuse_options(path, "a folder or a hub id", **options)
         if is_hub_id(source):
             path = download(str(source), revision=revision, variant=variant)
         if config is None:

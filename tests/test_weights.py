@@ -1,6 +1,11 @@
 """Loading and saving: what fits is loaded exactly, what does not is named."""
 
 import json
+import os
+import struct
+import subprocess
+import sys
+import threading
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +17,7 @@ from sdbook.weights import (
     Config,
     Pretrained,
     WeightsError,
+    build_empty,
     load_strictly,
     read_weights,
     save_weights,
@@ -201,3 +207,93 @@ def test_torn_pickles_are_named(folder, content):
     (folder / "diffusion_pytorch_model.bin").write_bytes(content)
     with pytest.raises(WeightsError, match="could not be opened .*safetensors version"):
         Tiny.from_pretrained(folder)
+
+
+def test_whole_numbers_are_no_weights(folder):
+    state = {"linear.weight": torch.zeros(2, 3), "linear.bias": torch.zeros(2)}
+    state["linear.weight"] = state["linear.weight"].to(torch.int8)
+    with pytest.raises(
+        WeightsError, match=r"1 not floating-point \(linear.weight: torch.int8\)"
+    ):
+        load_strictly(Tiny(), state)
+
+
+@pytest.mark.parametrize("kind", ["U64", "Q4_K"])  # one that safetensors knows, or not
+def test_an_unknown_type_of_numbers_is_named(tmp_path, kind):
+    entry = {"dtype": kind, "shape": [2], "data_offsets": [0, 16]}
+    header = json.dumps({"weight": entry}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+    with pytest.raises(WeightsError, match=f"numbers of the type {kind}, which we"):
+        read_weights(path)
+
+
+def test_the_suffix_may_be_in_capitals(folder):
+    path = folder / "MODEL.SAFETENSORS"
+    (folder / Tiny.weights_name).rename(path)
+    assert read_weights(path)["linear.weight"].shape == (2, 4)
+
+
+CROWDED = """
+import errno, os, resource, sys
+from sdbook.weights import read_weights
+
+read_weights(sys.argv[1])  # imports what it needs
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+for free in (0, 1):
+    held = []
+    try:
+        while True:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        for _ in range(free):
+            os.close(held.pop())
+    try:
+        read_weights(sys.argv[1])
+        raised = None
+    except OSError as error:
+        raised = error.errno
+    for number in held:
+        os.close(number)
+    print(raised == errno.EMFILE)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sets the limit of open files")
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_too_many_open_files_are_no_fault_of_the_file(folder, kind):
+    path = folder / Tiny.weights_name
+    if kind == "bin":
+        path = folder / "diffusion_pytorch_model.bin"
+        torch.save(Tiny().state_dict(), path)
+    command = [sys.executable, "-c", CROWDED, str(path)]
+    out = subprocess.run(command, capture_output=True, text=True)
+    assert out.stdout.split() == ["True", "True"], out.stdout + out.stderr
+
+
+def test_building_in_two_threads_leaves_pytorch_as_it_was():
+    draw = nn.init.normal_
+    second = threading.Event()
+
+    class Slow(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            second.wait(0.2)  # in which the other could begin, were there no lock
+            here = torch.zeros(3, device="cpu")
+            assert nn.init.normal_(here).abs().min() > 0  # memory still gets numbers
+
+    failed = []
+
+    def build():
+        try:
+            build_empty(Slow, TinyConfig())
+        except Exception as error:
+            failed.append(error)
+        second.set()
+
+    threads = [threading.Thread(target=build) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and nn.init.normal_ is draw

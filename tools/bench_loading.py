@@ -48,7 +48,9 @@ if who == "ours":
     from sdbook import StableDiffusion
     from transformers import CLIPTokenizer  # which diffusers imports beforehand, too
     start = time.perf_counter()
-    pipe = StableDiffusion.from_pretrained(source, dtype, config=folder)
+    pipe = StableDiffusion.from_pretrained(
+        source, dtype, config=None if source == folder else folder
+    )
 else:
     import diffusers
     diffusers.StableDiffusionPipeline
