@@ -184,7 +184,7 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def unknown_type(path: Path, kind: str) -> WeightsError:
-    """The error for numbers of a type that neither PyTorch nor we compute with."""
+    """The error for a file with numbers of a type that we do not read."""
     return WeightsError(
         f"{path} holds numbers of the type {kind}, which we cannot read; "
         "use a float32, float16 or bfloat16 version of it"
@@ -352,7 +352,8 @@ def is_of_type(value: Any, kind: Any, least: int = 1) -> bool:
     """Whether a config's value is of its field's type, and no number below `least`."""
     if get_origin(kind) is tuple:  # tuple[int, ...]
         each = get_args(kind)[0]
-        return type(value) is tuple and all(is_of_type(one, each) for one in value)
+        some = type(value) is tuple and len(value) > 0
+        return some and all(is_of_type(one, each) for one in value)
     if get_args(kind):  # int | tuple[int, ...]
         return any(is_of_type(value, one) for one in get_args(kind))
     if kind is float:

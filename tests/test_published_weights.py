@@ -884,6 +884,7 @@ def test_a_broken_model_index_is_named(folder, tmp_path, entry, part):
     [
         ("vae", "block_out_channels", 32),
         ("vae", "block_out_channels", [16, "32"]),
+        ("vae", "block_out_channels", []),
         ("vae", "layers_per_block", "2"),
         ("vae", "norm_num_groups", 0),
         ("vae", "norm_num_groups", 7),
