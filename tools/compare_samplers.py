@@ -12,6 +12,7 @@ each sampler and number of steps, which chapter 10 draws.
 import argparse
 import itertools
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -83,7 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, default=ROOT / "data" / "runs" / "samplers"
     )
-    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(given)
     pipe = StableDiffusion.from_pretrained(options.model).to(options.device)
     model, scale = pipe.scheduler, options.guidance_scale
     # one prompt of each kind, then another of each: the first few are of all kinds
@@ -112,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
 
     record = {
-        "command": "python tools/compare_samplers.py",
+        "command": shlex.join(["python", "tools/compare_samplers.py", *given]),
         "model": Path(options.model).name,
         "pictures": len(texts),
         "pictures_for_error": few,
