@@ -548,6 +548,8 @@ def prepare_strength(strength, image, mask, steps: int) -> int | float:
         raise ValueError(f"{given} without image; pass the picture to start from")
     if strength is None:
         strength = 0.8 if image is not None and mask is None else 1.0
+    if image is None or steps < 1:
+        return strength  # set_timesteps refuses such steps
     if not 0 < strength <= 1:
         raise ValueError(f"strength={strength}: expected more than 0, up to 1")
     if int(steps * strength) < 1:

@@ -663,8 +663,9 @@ def test_unknown_schedulers_list_what_exists():
 # ---- the record ----
 
 
-def test_the_comparison_on_a_model_writes_its_record(folder, tmp_path, capsys):
-    tool = load_tool("compare_samplers")
+def test_the_comparison_on_a_model_writes_its_record(tmp_path, capsys):
+    tool, folder = load_tool("compare_samplers"), tmp_path / "model"
+    small_pipeline((16, 32), (8, 8, 8), image_size=64).save_pretrained(folder)
     flags = ["--model", str(folder), "--output", str(tmp_path), "--prompts", "1"]
     assert tool.main([*flags, "--steps", "2", "6", "--reference_steps", "6"]) == 0
     record = json.loads((tmp_path / "errors.json").read_text())
