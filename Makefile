@@ -11,7 +11,7 @@ test execute: export OMP_NUM_THREADS ?= 2
 
 help:
 	@echo "make sample    draw pictures with the model that ships with the book"
-	@echo "make test      everything: lint, export, tests, chapters, book (9 minutes)"
+	@echo "make test      everything: lint, export, tests, chapters, book (10 minutes)"
 	@echo "make book      build the pages of the book into _build/html"
 	@echo "make export    write sdbook/ from the chapters"
 	@echo "make execute   run the chapters and keep their outputs"
