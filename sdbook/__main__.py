@@ -104,8 +104,6 @@ def sample(
         raise ValueError(f"output_path {output_path!r} must end in .png")
     if num_images < 1:
         raise ValueError(f"num_images is {num_images}; give at least 1")
-    if tile_size is not None and tile_size < 1:
-        raise ValueError(f"tile_size is {tile_size}; give a number of pixels, like 512")
     path.parent.mkdir(parents=True, exist_ok=True)
     prompts = [prompt] if isinstance(prompt, str) else prompt
     start = {

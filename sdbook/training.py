@@ -24,6 +24,7 @@ from .clip import CLIP, CLIPTextConfig, CLIPTextModel, Tokenizer, contrastive_lo
 from .data import (
     COLOURS,
     KINDS,
+    RELATIONS,
     SHAPES,
     SIZES,
     CaptionedImages,
@@ -72,7 +73,6 @@ __all__ = [
     "latent_spread",
     "open_dataset",
     "train_vae",
-    "OPPOSITES",
     "decided",
     "exchange",
     "say_alike",
@@ -676,9 +676,6 @@ def train_vae(config: VAETrainingConfig) -> AutoencoderKL:
     return vae
 
 
-OPPOSITES = {"above": "below", "below": "above", "left": "right", "right": "left"}
-
-
 def decided(scene: Scene) -> Request:
     """All that a scene shows, whether its caption says it or not."""
     groups = tuple(
@@ -694,7 +691,7 @@ def exchange(request: Request, rng: np.random.Generator) -> tuple[Request, str]:
     """Change one point of a request; returns the new one and the point's name.
 
     Two groups exchange their colours, sizes, counts or shapes, or one of them gets
-    another one. Groups in a relation change places in three cases out of four.
+    another one. Three times out of four, a relation becomes any other one.
     """
 
     def another(options, than):
@@ -702,7 +699,8 @@ def exchange(request: Request, rng: np.random.Generator) -> tuple[Request, str]:
 
     options = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "count": (1, 2, 3)}
     if request.relation and rng.random() < 0.75:
-        return replace(request, relation=OPPOSITES[request.relation]), "relation"
+        relation = another(RELATIONS, request.relation)
+        return replace(request, relation=relation), "relation"
     point = rng.choice(list(options)).item()
     values = [getattr(group, point) for group in request.groups]
     if len(set(values)) == 2 and rng.random() < 0.5:

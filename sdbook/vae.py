@@ -352,7 +352,6 @@ class AutoencoderKL(Pretrained, nn.Module):
     and `slicing`: batches are then done one by one.
     """
 
-    tile_size: int | None = None
     slicing = False
     config_class = VAEConfig
     diffusers_class = "AutoencoderKL"
@@ -360,6 +359,7 @@ class AutoencoderKL(Pretrained, nn.Module):
     def __init__(self, config: VAEConfig | None = None):
         super().__init__()
         self.config = config = config or VAEConfig()
+        self.tile_size = None
         channels = config.latent_channels
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
@@ -369,6 +369,20 @@ class AutoencoderKL(Pretrained, nn.Module):
         if config.use_post_quant_conv:
             self.post_quant_conv = nn.Conv2d(channels, channels, 1)
 
+    @property
+    def tile_size(self) -> int | None:
+        """Pixels along a tile's side; None for no tiles. ValueError if too small."""
+        return self._tile_size
+
+    @tile_size.setter
+    def tile_size(self, size: int | None):
+        least = 2 * self.config.downscale
+        if size is not None and size < least:
+            raise ValueError(
+                f"tile_size={size}: give at least {least} pixels (None for no tiles)"
+            )
+        self._tile_size = size
+
     def in_parts(self, function: Callable[[Tensor], Tensor], x: Tensor, cell: int):
         """`function` of x at once, or as `slicing` and `tile_size` have it."""
         if self.slicing and len(x) > 1:
@@ -376,11 +390,6 @@ class AutoencoderKL(Pretrained, nn.Module):
         if self.tile_size is None:
             return function(x)
         tile = self.tile_size // self.config.downscale
-        if tile < 2:
-            raise ValueError(
-                f"tile_size={self.tile_size}: give at least "
-                f"{2 * self.config.downscale} pixels (or None, for no tiles)"
-            )
         if max(x.shape[-2:]) <= tile * cell:
             return function(x)
         return in_tiles(function, x, tile, cell)

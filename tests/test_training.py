@@ -511,12 +511,12 @@ def test_exchanged_shapes_alone_are_no_twins():
         assert set(one.groups) != set(two.groups)
 
 
-def test_a_relation_s_twin_changes_places():
+def test_a_relation_s_twin_stands_otherwise():
     asked = [read_caption("a red star above a blue house")] * 200
     rng = np.random.default_rng(0)
     twins = [exchange(request, rng) for request in asked]
     moved = [request.relation for request, point in twins if point == "relation"]
-    assert set(moved) == {"below"} and 120 < len(moved) < 180
+    assert set(moved) == {"below", "left", "right"} and 120 < len(moved) < 180
 
 
 def test_both_are_saved_and_improve(frozen):
