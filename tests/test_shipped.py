@@ -11,7 +11,7 @@ import torch
 from helpers import ROOT, load_tool, relative_error, small_pipeline
 from PIL import Image
 
-from sdbook.data import Scenes, draw
+from sdbook.data import RELATIONS, SHAPES, Scenes, draw
 from sdbook.evaluation import Judge
 from sdbook.pipeline import StableDiffusion, to_pictures
 from sdbook.training import reconstruction_psnr
@@ -94,3 +94,19 @@ def test_from_prompt_to_png_in_ten_seconds(tmp_path):
         seconds.append(time.perf_counter() - start)
     assert min(seconds) <= 10, seconds
     assert Image.open(path).size == (64, 64)
+
+
+@torch.no_grad()
+def test_its_text_model_tells_all_relations_apart(pipe):
+    """Opposites are not enough: a model of ours had "above" and "left" as one word."""
+    pairs = [(one, two) for one in SHAPES for two in SHAPES if one != two]
+    states = [
+        pipe.encode_prompt(
+            [f"a red {one} {words[0]} a blue {two}" for one, two in pairs]
+        )
+        for words in RELATIONS.values()
+    ]
+    last = torch.stack([state[:, -1] for state in states])
+    apart = (last[:, None] - last).norm(dim=-1).mean(-1)
+    others = apart[~torch.eye(len(apart), dtype=torch.bool)]
+    assert others.min() > 0.5 * others.max()
