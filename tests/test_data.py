@@ -1046,7 +1046,7 @@ def test_faults_in_shards_are_named(tmp_path):
     with pytest.warns(UserWarning) as caught:
         items = list(CaptionedShards(tmp_path / "a.tar", 8))
     said = " ".join(str(warning.message) for warning in caught)
-    assert len(items) == 1 and len(caught) == 3
+    assert len(items) == 1 and said.count("a.tar/") == 3
     for part in ("a.tar/silent: no caption", "a.tar/blind: no picture", "a.tar/torn"):
         assert part in said
     with pytest.raises(ValueError, match="a.tar/silent: no caption"):
