@@ -929,6 +929,25 @@ def _shard_files(pattern: str | Path) -> list[str]:
     return shards
 
 
+def _complete_samples(
+    shards: list[str], on_error: str, shuffle: random.Random | None
+) -> Iterator[tuple[str, bytes, str]]:
+    stream = _tar_samples(shards)
+    if shuffle:
+        from webdataset import shuffle as stir
+
+        stream = stir(1000, rng=shuffle)(stream)
+    for sample in stream:
+        name = f"{Path(sample['__url__']).name}/{sample['__key__']}"
+        kinds = [kind for kind in sample if f".{kind}" in IMAGE_SUFFIXES]
+        caption = sample.get("txt", b"").decode("utf-8", "replace").split()
+        if kinds and caption:
+            yield name, sample[kinds[0]], " ".join(caption)
+        else:
+            lacks = "caption (.txt)" if kinds else "picture"
+            _report(f"{name}: no {lacks}; left out", on_error)
+
+
 class CaptionedShards(IterableDataset):
     """Pictures with captions, streamed from the .tar files of a WebDataset.
 
@@ -951,20 +970,7 @@ class CaptionedShards(IterableDataset):
         self, shards: list[str], shuffle: random.Random | None = None
     ) -> Iterator[tuple[str, bytes, str]]:
         """(name, picture file, caption) of what is complete; `shuffle` stirs."""
-        stream = _tar_samples(shards)
-        if shuffle:
-            from webdataset import shuffle as stir
-
-            stream = stir(1000, rng=shuffle)(stream)
-        for sample in stream:
-            name = f"{Path(sample['__url__']).name}/{sample['__key__']}"
-            kinds = [kind for kind in sample if f".{kind}" in IMAGE_SUFFIXES]
-            caption = sample.get("txt", b"").decode("utf-8", "replace").split()
-            if kinds and caption:
-                yield name, sample[kinds[0]], " ".join(caption)
-            else:
-                lacks = "caption (.txt)" if kinds else "picture"
-                _report(f"{name}: no {lacks}; left out", self.on_error)
+        return _complete_samples(shards, self.on_error, shuffle)
 
     def read(self, name: str, data: bytes, look: int) -> Float[Tensor, "3 h w"] | None:
         """The pixels of a look at a sample; None if its picture cannot be read."""
@@ -981,6 +987,25 @@ class CaptionedShards(IterableDataset):
                 pixels = self.read(name, data, look)
                 if pixels is not None:
                     yield pixels, caption
+
+
+def _endless_row(
+    dataset: CaptionedShards, seed: int, reader: int, readers: int
+) -> Iterator[tuple[str, bytes, str, int]]:
+    """One reader's endless row of (name, picture file, caption, look)."""
+    shards = dataset.shards
+    if len(shards) < readers:
+        raise ValueError(
+            f"{len(shards)} shards for {readers} readers (processes × workers); "
+            "write more and smaller shards, or lower num_workers"
+        )
+    for epoch in itertools.count():
+        order = np.random.default_rng((seed, epoch)).permutation(len(shards))
+        mine = [shards[i] for i in order[reader::readers]]
+        stir = random.Random(f"{seed} {epoch} {reader}")
+        for name, data, caption in dataset.samples(mine, stir):
+            look = (epoch + zlib.crc32(name.encode())) % dataset.cut.looks
+            yield name, data, caption, look
 
 
 class ShardSteps(IterableDataset):
@@ -1003,27 +1028,13 @@ class ShardSteps(IterableDataset):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         turn = (self.first + worker) % workers  # step s belongs to s % workers
-        row = self.row(self.rank * workers + turn, self.world * workers)
+        row = _endless_row(
+            self.dataset, self.seed, self.rank * workers + turn, self.world * workers
+        )
         past = len(range(turn, self.first, workers)) * self.batch_size
         row = itertools.islice(row, past, None)
         for _ in range(self.first + worker, self.last, workers):
             yield self.decode(list(itertools.islice(row, self.batch_size)))
-
-    def row(self, reader: int, readers: int) -> Iterator[tuple]:
-        """One reader's endless row of (name, picture file, caption, look)."""
-        shards = self.dataset.shards
-        if len(shards) < readers:
-            raise ValueError(
-                f"{len(shards)} shards for {readers} readers (processes × workers); "
-                "write more and smaller shards, or lower num_workers"
-            )
-        for epoch in itertools.count():
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(shards))
-            mine = [shards[i] for i in order[reader::readers]]
-            stir = random.Random(f"{self.seed} {epoch} {reader}")
-            for name, data, caption in self.dataset.samples(mine, stir):
-                look = (epoch + zlib.crc32(name.encode())) % self.dataset.cut.looks
-                yield name, data, caption, look
 
     def decode(self, batch: list[tuple]) -> list[tuple[Float[Tensor, "3 h w"], str]]:
         """A batch's items; others of it stand in for what cannot be read."""

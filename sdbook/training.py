@@ -108,6 +108,8 @@ __all__ = [
     "write_texts",
     "write_moments",
     "side_of",
+    "fill_cache",
+    "find_rows",
     "Encoded",
     "encode_dataset",
     "TrainingConfig",
@@ -1061,9 +1063,9 @@ def write_texts(table: Rows, texts, text_encoder, tokenizer, batch_size=256) -> 
     missing = [(key, text) for key, text in keys.items() if key not in known]
     with tqdm(total=len(keys), initial=len(keys) - len(missing), desc="texts") as bar:
         for start in range(0, len(missing), batch_size):
-            keys, batch = zip(*missing[start : start + batch_size])
-            states = text_encoder(tokenizer(list(batch)).to(device))
-            table.append(list(keys), states.half().cpu().numpy())
+            names, batch = map(list, zip(*missing[start : start + batch_size]))
+            states = text_encoder(tokenizer(batch).to(device))
+            table.append(names, states.half().cpu().numpy())
             bar.update(len(batch))
 
 
@@ -1084,13 +1086,13 @@ def write_moments(table: Rows, dataset, keys: list[str], vae, num_workers=0) -> 
             bar.update(len(items))
             good = [(key, pixels) for key, pixels in items if pixels is not None]
             if good:
-                keys, pixels = zip(*good)
+                names, pixels = zip(*good)
                 pixels = torch.stack(pixels).to(
                     device, memory_format=torch.channels_last
                 )
                 posterior = vae.encode(pixels)
                 moments = torch.cat([posterior.mean, posterior.logvar], 1)
-                table.append(list(keys), moments.half().cpu().numpy())
+                table.append(list(names), moments.half().cpu().numpy())
 
 
 def side_of(dataset: Dataset) -> int:
@@ -1098,41 +1100,60 @@ def side_of(dataset: Dataset) -> int:
     return dataset.size if isinstance(dataset, Scenes) else dataset.cut.size
 
 
+def fill_cache(
+    folder: Path, dataset, vae, text_encoder, tokenizer, num_workers=0, captions=()
+) -> tuple[Rows, Rows, list[tuple[str, str]]]:
+    """Compute what the cache in `folder` lacks of a dataset and of more `captions`.
+
+    Returns the tables of moments and of texts, and (key, caption) of every item.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    words = sorted(tokenizer.backend.get_vocab().items()), tokenizer.max_length
+    texts = Rows(folder / f"texts-{fingerprint(text_encoder)}-{short_name(words)}")
+    moments = Rows(folder / f"moments-{fingerprint(vae)}-{side_of(dataset)}")
+    with FileLock(folder / "lock"):
+        items = list_items(dataset, folder)
+        keys, said = map(list, zip(*items))
+        write_texts(texts, ["", *said, *captions], text_encoder, tokenizer)
+        write_moments(moments, dataset, keys, vae, num_workers)
+    return moments, texts, items
+
+
+def find_rows(moments: Rows, texts: Rows, items: list[tuple[str, str]]) -> np.ndarray:
+    """The rows (n, 2) of each item's moments and text, without unreadable pictures."""
+    row, number = moments.numbers(), texts.numbers()
+    good = [(row[key], number[short_name(text)]) for key, text in items if key in row]
+    if not good:
+        raise ValueError(f"none of {len(items)} pictures can be read; mend the files")
+    if len(good) < len(items):
+        left_out = f"{len(items) - len(good)} of {len(items)} pictures left out"
+        warnings.warn(f"{left_out}: they cannot be read", stacklevel=2)
+    return np.array(good)
+
+
 class Encoded(Dataset):
     """A dataset after its frozen parts: latents' moments and text states, in files.
 
     `moments` (rows, 2c, h, w) and `texts` (m, tokens, d), both float16, are mapped
     from `folder`, which several trainings may share; `rows` and `which` are the rows of
-    each item. Text 0 is "". What is missing is computed first, by one process at a
-    time; pictures that cannot be read are left out, with a warning. Indexed with a
-    list, it gives `(moments, text states)` of the whole batch at once. `sample`
-    (m, tokens, d) are the states of `some_captions` (or of the first 1000 items').
+    each item. Text 0 is "". What is missing is computed first (`fill_cache`); pictures
+    that cannot be read are left out, with a warning. Indexed with a list, it gives
+    `(moments, text states)` of the whole batch at once. `sample` (m, tokens, d) are
+    the states of `some_captions` (or of the first 1000 items').
     """
 
     def __init__(
         self, dataset, vae, text_encoder, tokenizer, folder, num_workers=0,
         some_captions=(),
     ):  # fmt: skip
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        words = sorted(tokenizer.backend.get_vocab().items()), tokenizer.max_length
-        texts = Rows(folder / f"texts-{fingerprint(text_encoder)}-{short_name(words)}")
-        moments = Rows(folder / f"moments-{fingerprint(vae)}-{side_of(dataset)}")
-        with FileLock(folder / "lock"):
-            items = list_items(dataset, folder)
-            keys, captions = map(list, zip(*items))
-            some = list(some_captions) or captions[:1000]
-            write_texts(texts, ["", *captions, *some], text_encoder, tokenizer)
-            write_moments(moments, dataset, keys, vae, num_workers)
-        row, number = moments.numbers(), texts.numbers()
-        good = [(row[k], number[short_name(text)]) for k, text in items if k in row]
-        if not good:
-            raise ValueError(f"none of {len(items)} pictures can be read; see above")
-        if len(good) < len(items):
-            left_out = f"{len(items) - len(good)} of {len(items)} pictures left out"
-            warnings.warn(f"{left_out}: they cannot be read", stacklevel=2)
-        self.rows, self.which = np.array(good).T
-        self.moments, self.texts = moments.open(), texts.open()
+        *self.tables, items = fill_cache(
+            Path(folder), dataset, vae, text_encoder, tokenizer, num_workers,
+            some_captions,
+        )  # fmt: skip
+        self.rows, self.which = find_rows(*self.tables, items).T
+        self.moments, self.texts = (table.open() for table in self.tables)
+        some = list(some_captions) or [text for _, text in items[:1000]]
+        number = self.tables[1].numbers()
         self.sample = self.texts[[number[short_name(text)] for text in some]]
 
     def __len__(self) -> int:
@@ -1145,6 +1166,13 @@ class Encoded(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         moments, states = self.__getitems__([index])
         return moments[0], states[0]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "moments": None, "texts": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = state
+        self.moments, self.texts = (table.open() for table in self.tables)
 
 
 def encode_dataset(config: RunConfig, accelerator, vae, text_encoder, tokenizer):

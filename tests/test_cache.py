@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import time
@@ -345,6 +346,13 @@ def test_two_trainings_do_not_disturb_each_other(encoded, pictures, vae, tmp_pat
     assert encoded.cost() == (0, 0)
     assert same(encoded(folder=tmp_path / "alone", flip=True, crops=2), grown)
     assert all(torch.equal(*pair) for pair in zip(all_of(first), before))
+
+
+def test_a_copy_in_a_worker_maps_the_files_itself(encoded):
+    cache = encoded()
+    copy = pickle.dumps(cache)
+    assert len(copy) < cache.moments.nbytes + cache.sample.nbytes
+    assert same(pickle.loads(copy), cache)
 
 
 # Shards ----------------------------------------------------------------------------
