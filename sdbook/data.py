@@ -6,10 +6,15 @@ Generated from chapters/04_data.ipynb; do not edit.
 import csv
 import functools
 import io
+import itertools
 import json
 import math
+import os
+import random
 import re
+import tarfile
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
@@ -19,7 +24,7 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 __all__ = [
     "COLOURS",
@@ -53,6 +58,7 @@ __all__ = [
     "SPLITS",
     "HELD_OUT_KINDS",
     "pick_kind",
+    "odds_of",
     "Scenes",
     "Crowds",
     "write_folder",
@@ -60,7 +66,11 @@ __all__ = [
     "find_captions",
     "to_rgb",
     "read_picture",
+    "Cut",
+    "PictureFiles",
     "CaptionedImages",
+    "CaptionedShards",
+    "ShardSteps",
 ]
 
 
@@ -470,6 +480,14 @@ def pick_kind(odds: dict[str, float], rng: np.random.Generator) -> str:
     return str(rng.choice(list(odds), p=[odd / total for odd in odds.values()]))
 
 
+def odds_of(kinds: list[str]) -> dict[str, float]:
+    """Each kind as often as in `KINDS`, or twice as often when it is named twice."""
+    if not kinds or set(kinds) - set(KINDS):
+        raise ValueError(f"kinds {kinds}; name some of {', '.join(KINDS)}")
+    odds = {kind: KINDS[kind] * kinds.count(kind) for kind in KINDS}
+    return {kind: share for kind, share in odds.items() if share}
+
+
 class Scenes(Dataset):
     """Endless pictures with captions; picture `i` is always the same.
 
@@ -477,8 +495,7 @@ class Scenes(Dataset):
     (each shows something that the other two never do). Items are
     `(pixels, caption)`: float32 (3, size, size) from -1 to 1, and a sentence.
     `length` says where an epoch ends; `scene(i)` knows no end. `kinds` are the kinds
-    of prompt to show (not of held-out scenes), each as often as in `KINDS`, or twice
-    as often when it is named twice.
+    of prompt to show (not of held-out scenes), as often as `odds_of` says.
     """
 
     def __init__(
@@ -493,11 +510,7 @@ class Scenes(Dataset):
             raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
         if size % 64 or size <= 0:
             raise ValueError(f"size {size} must be a multiple of 64, such as 64 or 128")
-        kinds = list(kinds)
-        if not kinds or set(kinds) - set(KINDS):
-            raise ValueError(f"kinds {kinds}; name some of {', '.join(KINDS)}")
-        odds = {kind: KINDS[kind] * kinds.count(kind) for kind in KINDS}
-        self.odds = {kind: share for kind, share in odds.items() if share}
+        self.odds = odds_of(list(kinds))
         self.size, self.split, self.seed, self.length = size, split, seed, length
 
     def __len__(self) -> int:
@@ -647,26 +660,33 @@ def _read_table(path: Path) -> list[tuple[str, str, str]]:
     return entries
 
 
-def _files(folder: Path, suffixes: set[str]) -> list[Path]:
-    """Files with such endings, in order; hidden ones are not meant for us."""
-    return [
-        file
-        for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in suffixes and not file.name.startswith(".")
-    ]
+def _files(folder: Path, suffixes: set[str]) -> list[str]:
+    """Names of files with such endings, in order; hidden ones are not meant for us."""
+    names = []
+    for place, _, files in os.walk(folder):
+        inside = (Path(place).relative_to(folder).as_posix() + "/").removeprefix("./")
+        names += [
+            inside + name
+            for name in files
+            if os.path.splitext(name)[1].lower() in suffixes and name[0] != "."
+        ]
+    return sorted(names)
 
 
 def _from_table(path: Path, table: Path) -> tuple[list[tuple[Path, str]], list[str]]:
     pairs, problems, named = [], [], set()
+    pictures = _files(path, IMAGE_SUFFIXES)
+    there = set(pictures)
     for where, name, caption in _read_table(table):
-        named.add(path / name)
-        if not (path / name).is_file():
+        name = name if name in there else Path(name).as_posix()  # ./a//b.png: a/b.png
+        named.add(name)
+        if name not in there and not (path / name).is_file():
             problems.append(f"{where}: no picture {name}")
         elif not caption.strip():
             problems.append(f"{where}: the caption of {name} is empty")
         else:
             pairs.append((path / name, caption))
-    strangers = [file for file in _files(path, IMAGE_SUFFIXES) if file not in named]
+    strangers = [path / name for name in pictures if name not in named]
     return pairs, problems + [f"{file}: no caption" for file in strangers]
 
 
@@ -674,29 +694,30 @@ def _from_texts(path: Path) -> tuple[list[tuple[Path, str]], list[str]]:
     images = path / "images" if (path / "images").is_dir() else path
     texts = path / "captions" if (path / "captions").is_dir() else images
     pairs, problems, broken, pictures = [], [], [], {}
-    captions = _files(texts, {".txt"})
-    captions = {file.relative_to(texts).with_suffix(""): file for file in captions}
-    for file in _files(images, IMAGE_SUFFIXES):
-        key = file.relative_to(images).with_suffix("")
+    captions = {os.path.splitext(name)[0]: name for name in _files(texts, {".txt"})}
+    for name in _files(images, IMAGE_SUFFIXES):
+        key = os.path.splitext(name)[0]
         if key in pictures:
-            problems.append(f"{file}: same name as {pictures[key].name}; rename one")
+            first = os.path.basename(pictures[key])
+            problems.append(f"{images / name}: same name as {first}; rename one")
             continue
-        pictures[key] = file
+        pictures[key] = name
         if key not in captions:
-            problems.append(f"{file}: no caption")
+            problems.append(f"{images / name}: no caption")
             continue
+        file = texts / captions[key]
         try:
-            caption = _read_text(captions[key])
+            caption = _read_text(file)
         except ValueError as error:
             broken.append(str(error))
             continue
         if caption.strip():
-            pairs.append((file, caption))
+            pairs.append((images / name, caption))
         else:
-            problems.append(f"{captions[key]}: the caption is empty")
-    problems += [f"{captions[k]}: no picture" for k in captions if k not in pictures]
+            problems.append(f"{file}: the caption is empty")
+    alone = [texts / name for key, name in captions.items() if key not in pictures]
     _raise_broken(path, broken)
-    return pairs, problems
+    return pairs, problems + [f"{file}: no picture" for file in alone]
 
 
 def find_captions(path: Path) -> tuple[list[tuple[Path, str]], list[str]]:
@@ -745,57 +766,284 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def read_picture(path: Path) -> Image.Image:
+def read_picture(file: Path | io.BytesIO, name: str = "") -> Image.Image:
     """Read a picture file upright, as RGB; of an animation, the first frame.
 
-    Raises `ValueError` with the file's name if it cannot be read.
+    Raises `ValueError` with the file's name (or `name`) if it cannot be read.
     """
     try:
-        with Image.open(path) as opened:
+        with Image.open(file) as opened:
             return to_rgb(ImageOps.exif_transpose(opened))
     except Exception as error:  # Pillow's decoders raise many kinds
         raise ValueError(
-            f"cannot read the picture {path} ({error}); mend or remove it"
+            f"cannot read the picture {name or file} ({error}); mend or remove it"
         ) from error
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How a picture becomes squares: its middle or `crops` places, mirrored too or not.
+
+    Called with an RGB picture, its name and the number of a look, it gives float32
+    (3, size, size) from -1 to 1. Equal arguments give equal squares, in any process.
+    """
+
+    size: int = 64
+    crops: int = 0
+    flip: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ValueError(f"image_size {self.size} must be at least 1 pixel")
+        if self.crops < 0:
+            raise ValueError(f"crops {self.crops}: give 0 (the middle) or more")
+
+    @property
+    def looks(self) -> int:
+        """How many squares one picture gives."""
+        return max(1, self.crops) * (1 + self.flip)
+
+    def place(self, name: str, look: int) -> tuple[float, bool]:
+        """Where along the longer side, from 0 to 1, and whether it is mirrored."""
+        crop, mirrored = divmod(look, 1 + self.flip)
+        if self.crops == 0:
+            return 0.5, bool(mirrored)
+        rng = np.random.default_rng((self.seed, crop, *name.encode()))
+        return float(rng.random()), bool(mirrored)
+
+    def __call__(
+        self, picture: Image.Image, name: str, look: int = 0
+    ) -> Float[Tensor, "3 h w"]:
+        """The square of a look."""
+        along, mirrored = self.place(name, look)
+        square = ImageOps.fit(
+            picture, (self.size, self.size), Image.Resampling.LANCZOS, 0, (along, along)
+        )
+        square = ImageOps.mirror(square) if mirrored else square
+        return to_pixels(np.asarray(square))
+
+
+def _report(problem: str, on_error: str) -> None:
+    """Warn of what is left out, or refuse it."""
+    if on_error == "raise":
+        raise ValueError(problem)
+    warnings.warn(problem, stacklevel=4)
+
+
+class PictureFiles:
+    """Picture files by number; one that cannot be read is None, and reported once.
+
+    Once among all processes that were given this object. With `on_error="raise"` it
+    is a `ValueError` instead.
+    """
+
+    def __init__(self, files: list[Path], on_error: str = "skip"):
+        if on_error not in ("skip", "raise"):
+            raise ValueError(f"on_error {on_error!r} is neither 'skip' nor 'raise'")
+        self.files, self.on_error = files, on_error
+        self.unreadable = torch.zeros(len(files), dtype=torch.bool).share_memory_()
+
+    def __getitem__(self, number: int) -> Image.Image | None:
+        if self.unreadable[number]:
+            return None
+        try:
+            return read_picture(self.files[number])
+        except ValueError as error:
+            self.unreadable[number] = True
+            _report(str(error), self.on_error)
+
+
 class CaptionedImages(Dataset):
-    """Pictures with captions from a folder, each cut to a centred square.
+    """Pictures with captions from a folder, each cut to a square (`Cut`).
 
     Items are `(pixels, caption)`: float32 (3, image_size, image_size) from -1 to 1,
-    and a string. `problems` lists pictures without a caption and captions without a
-    picture; they are left out with a warning, or, with `on_error="raise"`, an error.
-    `flip=True` mirrors every second look at random (wrong where captions say left
-    and right). Raises what `find_captions` raises, and `ValueError` with the name of
-    a picture that cannot be read.
+    and a string. Item `i` is look `i // n` of picture `i % n`, of n pictures; `flip`
+    is wrong where captions say left and right. `problems` lists pictures without a
+    caption and captions without a picture. They are left out with a warning, and
+    another picture stands in for one that cannot be read; with `on_error="raise"`
+    both are a `ValueError`. Raises what `find_captions` raises, too.
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        image_size: int = 64,
-        flip: bool = False,
-        on_error: str = "skip",
-    ):
-        self.path, self.image_size, self.flip = Path(path), image_size, flip
-        if on_error not in ("skip", "raise"):
-            raise ValueError(f"on_error {on_error!r} is neither 'skip' nor 'raise'")
-        if image_size < 1:
-            raise ValueError(f"image_size {image_size} must be at least 1 pixel")
+        self, path: str | Path, image_size: int = 64, flip: bool = False,
+        on_error: str = "skip", crops: int = 0, seed: int = 0,
+    ):  # fmt: skip
+        self.path = Path(path)
+        self.cut = Cut(image_size, crops, flip, seed)
         self.pairs, self.problems = find_captions(self.path)
-        count, shown = len(self.problems), _listed(self.problems)
-        if count and on_error == "raise":
-            raise ValueError(f"{count} problems in {path}:{shown}")
-        if count:
-            warnings.warn(f"{count} left out in {path}:{shown}", stacklevel=2)
+        self.files = PictureFiles([file for file, _ in self.pairs], on_error)
+        if self.problems:
+            count, shown = len(self.problems), _listed(self.problems)
+            _report(f"{count} left out in {path}:{shown}", on_error)
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.pairs) * self.cut.looks
+
+    def name(self, number: int) -> str:
+        """The name of a picture inside the folder, the same on every computer."""
+        return self.pairs[number][0].relative_to(self.path).as_posix()
+
+    def read(self, index: int) -> Float[Tensor, "3 h w"] | None:
+        """The pixels of an item; None if its picture cannot be read."""
+        look, number = divmod(index, len(self.pairs))
+        picture = self.files[number]
+        return None if picture is None else self.cut(picture, self.name(number), look)
 
     def __getitem__(self, index: int) -> tuple[Float[Tensor, "3 h w"], str]:
-        file, caption = self.pairs[index]
-        size = (self.image_size, self.image_size)
-        picture = ImageOps.fit(read_picture(file), size, Image.Resampling.LANCZOS)
-        if self.flip and torch.rand(()) < 0.5:
-            picture = ImageOps.mirror(picture)
-        return to_pixels(np.asarray(picture)), caption
+        if not 0 <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        for place in range(index, index + len(self)):
+            pixels = self.read(place % len(self))
+            if pixels is not None:
+                return pixels, self.pairs[place % len(self.pairs)][1]
+        raise ValueError(f"none of the {len(self.pairs)} pictures can be read")
+
+
+def _tar_samples(shards: list[str]) -> Iterator[dict]:
+    """What stands in .tar files, in order: {"__key__": …, "png": …, "txt": …}."""
+    import webdataset  # here: who reads folders does not need it
+
+    for shard in shards:
+        try:
+            yield from webdataset.tarfile_to_samples()([{"url": shard}])
+        except (tarfile.TarError, OSError, EOFError) as error:
+            reason = error.args[0] if error.args else error
+            raise ValueError(
+                f"cannot read the shard {shard} ({reason}); copy it again, or leave "
+                "it out"
+            ) from error
+
+
+def _shard_files(pattern: str | Path) -> list[str]:
+    """The shards that a pattern such as pets/{0000..0099}.tar names."""
+    from webdataset.shardlists import expand_urls
+
+    shards = expand_urls(str(pattern))
+    local = [shard for shard in shards if "://" not in shard]
+    missing = [shard for shard in local if not Path(shard).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(shards)} shards are not there:{_listed(missing)}"
+        )
+    return shards
+
+
+def _complete_samples(
+    shards: list[str], on_error: str, shuffle: random.Random | None
+) -> Iterator[tuple[str, bytes, str]]:
+    stream = _tar_samples(shards)
+    if shuffle:
+        from webdataset import shuffle as stir
+
+        stream = stir(1000, rng=shuffle)(stream)
+    for sample in stream:
+        name = f"{Path(sample['__url__']).name}/{sample['__key__']}"
+        kinds = [kind for kind in sample if f".{kind}" in IMAGE_SUFFIXES]
+        caption = sample.get("txt", b"").decode("utf-8", "replace").split()
+        if kinds and caption:
+            yield name, sample[kinds[0]], " ".join(caption)
+        else:
+            lacks = "caption (.txt)" if kinds else "picture"
+            _report(f"{name}: no {lacks}; left out", on_error)
+
+
+class CaptionedShards(IterableDataset):
+    """Pictures with captions, streamed from the .tar files of a WebDataset.
+
+    `shards` names the files, as in "pets/{0000..0099}.tar"; in each, a picture and a
+    .txt share a name. Items are `(pixels, caption)`, as of `CaptionedImages`: a pass
+    gives every look once, in order, and a DataLoader's workers share the shards. For
+    training see `ShardSteps`. Raises `FileNotFoundError` for shards that are missing,
+    `ValueError` for a torn one; what else cannot be used is reported and left out.
+    """
+
+    def __init__(
+        self, shards: str | Path, image_size: int = 64, flip: bool = False,
+        on_error: str = "skip", crops: int = 0, seed: int = 0,
+    ):  # fmt: skip
+        self.shards, self.on_error = _shard_files(shards), on_error
+        self.cut = Cut(image_size, crops, flip, seed)
+        PictureFiles([], on_error)  # checks on_error
+
+    def samples(
+        self, shards: list[str], shuffle: random.Random | None = None
+    ) -> Iterator[tuple[str, bytes, str]]:
+        """(name, picture file, caption) of what is complete; `shuffle` stirs."""
+        return _complete_samples(shards, self.on_error, shuffle)
+
+    def read(self, name: str, data: bytes, look: int) -> Float[Tensor, "3 h w"] | None:
+        """The pixels of a look at a sample; None if its picture cannot be read."""
+        try:
+            return self.cut(read_picture(io.BytesIO(data), name), name, look)
+        except ValueError as error:
+            _report(str(error), self.on_error)
+
+    def __iter__(self) -> Iterator[tuple[Float[Tensor, "3 h w"], str]]:
+        worker = get_worker_info()
+        mine = self.shards[worker.id :: worker.num_workers] if worker else self.shards
+        for look in range(self.cut.looks):
+            for name, data, caption in self.samples(mine):
+                pixels = self.read(name, data, look)
+                if pixels is not None:
+                    yield pixels, caption
+
+
+def _endless_row(
+    dataset: CaptionedShards, seed: int, reader: int, readers: int
+) -> Iterator[tuple[str, bytes, str, int]]:
+    """One reader's endless row of (name, picture file, caption, look)."""
+    shards = dataset.shards
+    if len(shards) < readers:
+        raise ValueError(
+            f"{len(shards)} shards for {readers} readers (processes × workers); "
+            "write more and smaller shards, or lower num_workers"
+        )
+    for epoch in itertools.count():
+        order = np.random.default_rng((seed, epoch)).permutation(len(shards))
+        mine = [shards[i] for i in order[reader::readers]]
+        stir = random.Random(f"{seed} {epoch} {reader}")
+        for name, data, caption in dataset.samples(mine, stir):
+            look = (epoch + zlib.crc32(name.encode())) % dataset.cut.looks
+            yield name, data, caption, look
+
+
+class ShardSteps(IterableDataset):
+    """The batches of steps `first` to `last`, each a list of items, from shards.
+
+    `batch_size` counts the pictures of this process, `rank` of `world`. Shuffled by
+    (seed, epoch); going on at `first` gives what an uninterrupted run would have seen
+    there, with as many workers. For `DataLoader(…, batch_size=None)`. Raises
+    `ValueError` if there are fewer shards than readers.
+    """
+
+    def __init__(
+        self, shards: CaptionedShards, batch_size: int, seed: int, first: int,
+        last: int, rank: int = 0, world: int = 1,
+    ):  # fmt: skip
+        self.dataset, self.batch_size, self.seed = shards, batch_size, seed
+        self.first, self.last, self.rank, self.world = first, last, rank, world
+
+    def __iter__(self) -> Iterator[list[tuple[Float[Tensor, "3 h w"], str]]]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        turn = (self.first + worker) % workers  # step s belongs to s % workers
+        row = _endless_row(
+            self.dataset, self.seed, self.rank * workers + turn, self.world * workers
+        )
+        past = len(range(turn, self.first, workers)) * self.batch_size
+        row = itertools.islice(row, past, None)
+        for _ in range(self.first + worker, self.last, workers):
+            yield self.decode(list(itertools.islice(row, self.batch_size)))
+
+    def decode(self, batch: list[tuple]) -> list[tuple[Float[Tensor, "3 h w"], str]]:
+        """A batch's items; others of it stand in for what cannot be read."""
+        items = [
+            (self.dataset.read(name, data, look), caption)
+            for name, data, caption, look in batch
+        ]
+        good = [item for item in items if item[0] is not None]
+        if not good:
+            ends = f"{batch[0][0]} to {batch[-1][0]}"
+            raise ValueError(f"no picture of a batch, {ends}, can be read")
+        return [good[i % len(good)] if x[0] is None else x for i, x in enumerate(items)]

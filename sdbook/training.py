@@ -7,16 +7,25 @@ import copy
 import hashlib
 import json
 import math
+import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    get_worker_info,
+)
 from tqdm.auto import tqdm
 
 from .attention import TransformerBlock
@@ -28,7 +37,9 @@ from .data import (
     SHAPES,
     SIZES,
     CaptionedImages,
+    CaptionedShards,
     Crowds,
+    Cut,
     Request,
     Scene,
     Scenes,
@@ -83,12 +94,24 @@ __all__ = [
     "Tokenize",
     "start_apart",
     "train_clip",
+    "KEY_LENGTH",
+    "short_name",
     "fingerprint",
-    "data_fingerprint",
-    "Encoded",
-    "encode_texts",
+    "Rows",
+    "write_at",
+    "look_into",
+    "look_key",
+    "list_items",
+    "Missing",
+    "MissingInShards",
+    "BATCH_PIXELS",
     "write_texts",
     "write_moments",
+    "side_of",
+    "fill_cache",
+    "find_rows",
+    "Encoded",
+    "encode_dataset",
     "TrainingConfig",
     "check_unet_choices",
     "make_noise_schedule",
@@ -97,7 +120,6 @@ __all__ = [
     "whitening",
     "start_white",
     "new_unet",
-    "encode_dataset",
     "as_it_is",
     "train",
 ]
@@ -634,13 +656,15 @@ def latent_spread(vae: AutoencoderKL, dataset: Dataset, count: int = 256) -> flo
 
 
 def open_dataset(config: RunConfig, split: str = "train") -> Dataset:
-    """The scenes, or the captioned pictures of a folder (which has no splits)."""
+    """The scenes, or the pictures of a folder or of .tar shards (without splits)."""
     if config.dataset_path == "scenes":
         kinds = config.kinds or tuple(KINDS)
         return Scenes(
             config.image_size, split, length=config.num_pictures, kinds=kinds
         )
-    return CaptionedImages(config.dataset_path, config.image_size)
+    shards = config.dataset_path.endswith(".tar")
+    reader = CaptionedShards if shards else CaptionedImages
+    return reader(config.dataset_path, config.image_size)
 
 
 def train_vae(config: VAETrainingConfig) -> AutoencoderKL:
@@ -803,6 +827,8 @@ def captions_of(dataset: Dataset) -> list[str]:
     """Every caption of a dataset, without opening a picture."""
     if isinstance(dataset, Scenes):
         return [dataset.scene(i).caption for i in range(len(dataset))]
+    if isinstance(dataset, CaptionedShards):
+        return [caption for *_, caption in dataset.samples(dataset.shards)]
     return [caption for _, caption in dataset.pairs]
 
 
@@ -872,6 +898,18 @@ def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel:
     return clip.text_encoder
 
 
+KEY_LENGTH = 32
+
+
+def short_name(*facts) -> str:
+    """A key for bytes, texts and numbers: 32 letters, others if any fact is."""
+    digest = hashlib.sha256()
+    for fact in facts:
+        data = fact if isinstance(fact, bytes) else str(fact).encode()
+        digest.update(f"{len(data)} ".encode() + data)
+    return digest.hexdigest()[:KEY_LENGTH]
+
+
 def fingerprint(module: nn.Module) -> str:
     """A short name for a module's weights: other weights, other name."""
     digest = hashlib.sha256()
@@ -881,106 +919,271 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def data_fingerprint(dataset: Dataset) -> str:
-    """A short name for what is in a dataset.
+class Rows:
+    """A growing table of float16 rows in files, each row under a key.
 
-    From each file's name, size, date and caption; of the scenes, which our code
-    draws, from sixteen of them.
+    `folder` gets rows (the numbers), keys (32 letters a row) and shape.json. May be
+    cut off at any time: a row counts once its key is written, which is done last. One
+    process at a time may append; any number may read what was there when they opened.
     """
-    digest = hashlib.sha256()
-    if isinstance(dataset, CaptionedImages):
-        for file, caption in dataset.pairs:
-            facts = file.stat()
-            digest.update(
-                f"{file.name} {facts.st_size} {facts.st_mtime_ns} {caption}".encode()
-            )
+
+    def __init__(self, folder: Path):
+        self.folder, self.shape_file = folder, folder / "shape.json"
+
+    def count(self) -> int:
+        """How many rows are there, whole and with a key."""
+        if not (self.folder / "keys").exists():
+            return 0
+        row = 2 * math.prod(json.loads(self.shape_file.read_text()))  # bytes
+        sizes = [os.path.getsize(self.folder / name) for name in ("keys", "rows")]
+        return min(sizes[0] // KEY_LENGTH, sizes[1] // row)
+
+    def numbers(self) -> dict[str, int]:
+        """The number of each key's row."""
+        count = self.count()
+        text = (self.folder / "keys").read_text()[: count * KEY_LENGTH] if count else ""
+        return {text[i * KEY_LENGTH :][:KEY_LENGTH]: i for i in range(count)}
+
+    def append(self, keys: list[str], rows: np.ndarray) -> None:
+        """Add rows (b, …) at the end; on the disk when this returns."""
+        if not self.shape_file.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(rows.shape[1:])
+            write_atomically(self.shape_file, lambda file: file.write_text(text))
+        count, rows = self.count(), rows.astype(np.float16)
+        write_at(self.folder / "rows", count * rows[0].nbytes, rows.tobytes())
+        write_at(self.folder / "keys", count * KEY_LENGTH, "".join(keys).encode())
+
+    def open(self) -> np.ndarray:
+        """All rows (count, …), mapped into memory: read when they are used."""
+        shape = (self.count(), *json.loads(self.shape_file.read_text()))
+        return np.memmap(self.folder / "rows", np.float16, "r", shape=shape)
+
+
+def write_at(path: Path, place: int, data: bytes) -> None:
+    """Write at a place of a file, and drop what came after it."""
+    with open(path, "r+b" if path.exists() else "wb") as file:
+        file.truncate(place)
+        file.seek(place)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # the rows have to be there before their keys
+
+
+def look_into(notes: Path, files: list, read: Callable) -> list:
+    """`read(file)` of every file; as noted, where size and date are those noted."""
+    known = json.loads(notes.read_text()) if notes.exists() else {}
+    found = []
+    for file in tqdm(files, desc="files"):
+        facts, name = os.stat(file), os.path.abspath(file)
+        stamp = [facts.st_size, facts.st_mtime_ns]
+        if name not in known or known[name][0] != stamp:
+            known[name] = [stamp, read(file)]
+        found.append(known[name][1])
+    write_atomically(notes, lambda path: path.write_text(json.dumps(known)))
+    return found
+
+
+def look_key(content: str, cut: Cut, name: str, look: int) -> str:
+    """The key of one look at a picture, of which `content` is the short name."""
+    return short_name(content, cut.size, *cut.place(name, look))
+
+
+def list_items(dataset: Dataset, folder: Path) -> list[tuple[str, str]]:
+    """(key, caption) of every item, in order; `folder` keeps notes of the files."""
+    if isinstance(dataset, Scenes):
+        first = copy.copy(dataset)
+        first.length = 16
+        world = short_name(*(pixels.numpy().tobytes() for pixels, _ in first))
+        captions = captions_of(dataset)
+        return [(short_name(world, i), text) for i, text in enumerate(captions)]
+    if isinstance(dataset, CaptionedShards):
+        shards = look_into(folder / "shards.json", dataset.shards, lambda shard: [
+            (short_name(data), name, caption)
+            for name, data, caption in dataset.samples([shard])
+        ])  # fmt: skip
+        pictures = [picture for shard in shards for picture in shard]
     else:
-        for index in range(0, len(dataset), max(1, len(dataset) // 16)):
-            pixels, caption = dataset[index]
-            digest.update(pixels.numpy().tobytes() + caption.encode())
-    return digest.hexdigest()[:16]
+        files, captions = map(list, zip(*dataset.pairs))
+        contents = look_into(
+            folder / "pictures.json", files, lambda file: short_name(file.read_bytes())
+        )
+        names = map(dataset.name, range(len(files)))
+        pictures = list(zip(contents, names, captions))
+    return [
+        (look_key(content, dataset.cut, name, look), caption)
+        for look in range(dataset.cut.looks)
+        for content, name, caption in pictures
+    ]
+
+
+class Missing(Dataset):
+    """The items of `wanted` {key: number} as (key, pixels); None if unreadable."""
+
+    def __init__(self, dataset: Dataset, wanted: dict[str, int]):
+        self.dataset, self.wanted = dataset, list(wanted.items())
+
+    def __len__(self) -> int:
+        return len(self.wanted)
+
+    def __getitem__(self, place: int) -> tuple[str, Tensor | None]:
+        key, number = self.wanted[place]
+        if isinstance(self.dataset, CaptionedImages):
+            return key, self.dataset.read(number)
+        return key, self.dataset[number][0]
+
+
+class MissingInShards(IterableDataset):
+    """The same from shards, in their order; workers share the shards."""
+
+    def __init__(self, dataset: CaptionedShards, wanted: dict[str, int]):
+        self.dataset, self.wanted = dataset, wanted
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:
+        worker, shards, cut = get_worker_info(), self.dataset.shards, self.dataset.cut
+        mine = shards[worker.id :: worker.num_workers] if worker else shards
+        for name, data, _ in self.dataset.samples(mine):
+            content = short_name(data)
+            for look in range(cut.looks):
+                key = look_key(content, cut, name, look)
+                if key in self.wanted:
+                    yield key, self.dataset.read(name, data, look)
+
+
+BATCH_PIXELS = 2**19  # fits into any memory: 128 pictures of 64 × 64, 2 of 512 × 512
+
+
+@torch.no_grad()
+def write_texts(table: Rows, texts, text_encoder, tokenizer, batch_size=256) -> None:
+    """Add the states (tokens, d) of every text that the table lacks."""
+    device, known = next(text_encoder.parameters()).device, table.numbers()
+    keys = {short_name(text): text for text in texts}  # equal texts once, in order
+    missing = [(key, text) for key, text in keys.items() if key not in known]
+    with tqdm(total=len(keys), initial=len(keys) - len(missing), desc="texts") as bar:
+        for start in range(0, len(missing), batch_size):
+            names, batch = map(list, zip(*missing[start : start + batch_size]))
+            states = text_encoder(tokenizer(batch).to(device))
+            table.append(names, states.half().cpu().numpy())
+            bar.update(len(batch))
+
+
+@torch.no_grad()
+def write_moments(table: Rows, dataset, keys: list[str], vae, num_workers=0) -> None:
+    """Add mean and log-variance (2c, h, w) of every item that the table lacks."""
+    device, known = next(vae.parameters()).device, table.numbers()
+    wanted = {key: number for number, key in enumerate(keys) if key not in known}
+    if not wanted:
+        return
+    shards = isinstance(dataset, CaptionedShards)
+    source = (MissingInShards if shards else Missing)(dataset, wanted)
+    batch_size = max(1, BATCH_PIXELS // side_of(dataset) ** 2)
+    loader = DataLoader(source, batch_size, collate_fn=list, num_workers=num_workers)
+    done = len(keys) - len(wanted)
+    with tqdm(total=len(keys), initial=done, desc="latents") as bar:
+        for items in loader:
+            bar.update(len(items))
+            good = [(key, pixels) for key, pixels in items if pixels is not None]
+            if good:
+                names, pixels = zip(*good)
+                pixels = torch.stack(pixels).to(
+                    device, memory_format=torch.channels_last
+                )
+                posterior = vae.encode(pixels)
+                moments = torch.cat([posterior.mean, posterior.logvar], 1)
+                table.append(list(names), moments.half().cpu().numpy())
+
+
+def side_of(dataset: Dataset) -> int:
+    """The side of a dataset's pictures, in pixels."""
+    return dataset.size if isinstance(dataset, Scenes) else dataset.cut.size
+
+
+def fill_cache(
+    folder: Path, dataset, vae, text_encoder, tokenizer, num_workers=0, captions=()
+) -> tuple[Rows, Rows, list[tuple[str, str]]]:
+    """Compute what the cache in `folder` lacks of a dataset and of more `captions`.
+
+    Returns the tables of moments and of texts, and (key, caption) of every item.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    words = sorted(tokenizer.backend.get_vocab().items()), tokenizer.max_length
+    texts = Rows(folder / f"texts-{fingerprint(text_encoder)}-{short_name(words)}")
+    moments = Rows(folder / f"moments-{fingerprint(vae)}-{side_of(dataset)}")
+    with FileLock(folder / "lock"):
+        items = list_items(dataset, folder)
+        keys, said = map(list, zip(*items))
+        write_texts(texts, ["", *said, *captions], text_encoder, tokenizer)
+        write_moments(moments, dataset, keys, vae, num_workers)
+    return moments, texts, items
+
+
+def find_rows(moments: Rows, texts: Rows, items: list[tuple[str, str]]) -> np.ndarray:
+    """The rows (n, 2) of each item's moments and text, without unreadable pictures."""
+    row, number = moments.numbers(), texts.numbers()
+    good = [(row[key], number[short_name(text)]) for key, text in items if key in row]
+    if not good:
+        raise ValueError(f"none of {len(items)} pictures can be read; mend the files")
+    if len(good) < len(items):
+        left_out = f"{len(items) - len(good)} of {len(items)} pictures left out"
+        warnings.warn(f"{left_out}: they cannot be read", stacklevel=2)
+    return np.array(good)
 
 
 class Encoded(Dataset):
     """A dataset after its frozen parts: latents' moments and text states, in files.
 
-    `folder` gets moments.npy (n, 2c, h, w), texts.npy (m, tokens, d), both float16
-    and memory-mapped, and which.npy: the text of each picture. Text 0 is "". Made
-    once; made again when the pictures, their size or the weights changed. Indexed
-    with a list, it gives `(moments, text states)` of the whole batch at once.
-    `sample` (m, tokens, d) are the states of other captions, `some_captions`.
+    `moments` (rows, 2c, h, w) and `texts` (m, tokens, d), both float16, are mapped
+    from `folder`, which several trainings may share; `rows` and `which` are the rows of
+    each item. Text 0 is "". What is missing is computed first (`fill_cache`); pictures
+    that cannot be read are left out, with a warning. Indexed with a list, it gives
+    `(moments, text states)` of the whole batch at once. `sample` (m, tokens, d) are
+    the states of `some_captions` (or of the first 1000 items').
     """
 
     def __init__(
-        self, dataset, vae, text_encoder, tokenizer, folder, key: dict,
-        num_workers=0, some_captions=(),
+        self, dataset, vae, text_encoder, tokenizer, folder, num_workers=0,
+        some_captions=(),
     ):  # fmt: skip
-        self.folder = Path(folder)
-        key = key | {"vae": fingerprint(vae), "text_encoder": fingerprint(text_encoder)}
-        stamp = self.folder / "key.json"
-        if not stamp.exists() or json.loads(stamp.read_text()) != key:
-            stamp.unlink(missing_ok=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_texts(self.folder, captions_of(dataset), text_encoder, tokenizer)
-            some = encode_texts(list(some_captions), text_encoder, tokenizer)
-            np.save(self.folder / "sample.npy", some)
-            write_moments(self.folder, dataset, vae, num_workers)
-            write_atomically(stamp, lambda path: path.write_text(json.dumps(key)))
-        self.moments, self.texts, self.which, self.sample = (
-            np.load(self.folder / f"{name}.npy", mmap_mode="r")
-            for name in ("moments", "texts", "which", "sample")
-        )
+        *self.tables, items = fill_cache(
+            Path(folder), dataset, vae, text_encoder, tokenizer, num_workers,
+            some_captions,
+        )  # fmt: skip
+        self.rows, self.which = find_rows(*self.tables, items).T
+        self.moments, self.texts = (table.open() for table in self.tables)
+        some = list(some_captions) or [text for _, text in items[:1000]]
+        number = self.tables[1].numbers()
+        self.sample = self.texts[[number[short_name(text)] for text in some]]
 
     def __len__(self) -> int:
-        return len(self.moments)
+        return len(self.rows)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        moments = torch.from_numpy(self.moments[indices])
+        moments = torch.from_numpy(self.moments[self.rows[indices]])
         return moments, torch.from_numpy(self.texts[self.which[indices]])
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         moments, states = self.__getitems__([index])
         return moments[0], states[0]
 
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "moments": None, "texts": None}
 
-@torch.no_grad()
-def encode_texts(texts, text_encoder, tokenizer, batch_size=512) -> np.ndarray:
-    """The states (m, tokens, d) of m texts, as float16."""
-    device = next(text_encoder.parameters()).device
-    states = [
-        text_encoder(tokenizer(texts[i : i + batch_size]).to(device)).half().cpu()
-        for i in tqdm(range(0, len(texts), batch_size), desc="texts")
-    ]
-    return torch.cat(states).numpy() if states else np.zeros((0, 0, 0), np.float16)
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = state
+        self.moments, self.texts = (table.open() for table in self.tables)
 
 
-def write_texts(folder, captions, text_encoder, tokenizer) -> None:
-    """Encode every different caption once, and "" first of all."""
-    texts = list(dict.fromkeys(["", *captions]))
-    number = {text: i for i, text in enumerate(texts)}
-    np.save(folder / "texts.npy", encode_texts(texts, text_encoder, tokenizer))
-    np.save(folder / "which.npy", [number[caption] for caption in captions])
-
-
-@torch.no_grad()
-def write_moments(folder, dataset, vae, num_workers=0, batch_size=64) -> None:
-    """Encode every picture once: mean and log-variance of its latents."""
-    device = next(vae.parameters()).device
-    table = None
-    loader = DataLoader(dataset, batch_size, collate_fn=list, num_workers=num_workers)
-    for i, items in enumerate(tqdm(loader, desc="latents")):
-        pixels = torch.stack([pixels for pixels, _ in items]).to(
-            device, memory_format=torch.channels_last
-        )
-        posterior = vae.encode(pixels)
-        moments = torch.cat([posterior.mean, posterior.logvar], 1).half().cpu()
-        if table is None:
-            shape = (len(dataset), *moments.shape[1:])
-            table = np.lib.format.open_memmap(
-                folder / "moments.npy", "w+", np.float16, shape
-            )
-        table[i * batch_size : i * batch_size + len(moments)] = moments.numpy()
-    table.flush()
+def encode_dataset(config: RunConfig, accelerator, vae, text_encoder, tokenizer):
+    """The pictures and captions of a run after the frozen parts."""
+    dataset, some = open_dataset(config), ()
+    if isinstance(dataset, Scenes):
+        some = captions_of(open_dataset(replace(config, kinds=(), num_pictures=1000)))
+    vae.to(accelerator.device, memory_format=torch.channels_last)
+    text_encoder.to(accelerator.device)
+    return Encoded(
+        dataset, vae, text_encoder, tokenizer, Path(config.output_dir) / "cache",
+        config.num_workers, some,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -1151,28 +1354,6 @@ def new_unet(config: TrainingConfig, vae, text_encoder, states: Tensor) -> UNet:
             "attention_levels, num_heads and norm_num_groups as they were"
         )
     return unet
-
-
-def encode_dataset(config: TrainingConfig, accelerator, vae, text_encoder, tokenizer):
-    """The pictures and captions after the frozen parts; one process does the work."""
-    dataset = open_dataset(config)
-    # Of all kinds, those of a later training too: all have to be heard (new_unet).
-    some = captions_of(open_dataset(replace(config, kinds=(), num_pictures=1000)))
-    key = {
-        "sample": len(some[:1000]),
-        "dataset": config.dataset_path,
-        "size": config.image_size,
-        "count": len(dataset),
-        "data": data_fingerprint(dataset),
-    }
-    vae.to(accelerator.device, memory_format=torch.channels_last)
-    text_encoder.to(accelerator.device)
-    cache = Path(config.output_dir) / "cache"
-    with accelerator.main_process_first():
-        return Encoded(
-            dataset, vae, text_encoder, tokenizer, cache, key, config.num_workers,
-            some[:1000],
-        )  # fmt: skip
 
 
 def as_it_is(batch):

@@ -2,18 +2,23 @@
 
 import csv
 import importlib.util
+import io
 import json
 import multiprocessing
 import re
 import shutil
+import struct
 import sys
 import warnings
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import webdataset
+from helpers import load_tool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -33,10 +38,14 @@ from sdbook.data import (
     SIZES,
     SPLITS,
     CaptionedImages,
+    CaptionedShards,
     Crowds,
+    Cut,
     Group,
+    PictureFiles,
     Request,
     Scenes,
+    ShardSteps,
     Thing,
     arrange,
     describe,
@@ -655,7 +664,9 @@ def test_a_folder_with_nothing_usable_is_refused(tmp_path):
         CaptionedImages(tmp_path)
 
 
-@pytest.mark.parametrize("wrong", [{"on_error": "ignore"}, {"image_size": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"on_error": "ignore"}, {"image_size": 0}, {"crops": -1}]
+)
 def test_wrong_arguments_of_the_reader_are_named(tmp_path, wrong):
     make_folder(tmp_path, "seed")
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} "):
@@ -677,10 +688,16 @@ def test_an_unreadable_picture_is_named(tmp_path, fault):
             fault
         ]
     )
-    images = CaptionedImages(tmp_path)
+    images = CaptionedImages(tmp_path, on_error="raise")
     with pytest.raises(ValueError, match=r"cannot read the picture .*one\.png.* mend"):
         images[0]
     assert images[1][1] == CARDS["two"][1]
+    images = CaptionedImages(tmp_path)
+    with pytest.warns(UserWarning, match=r"cannot read .*one\.png") as caught:
+        items = [images[0], images[1], images[0]]
+    assert len(caught) == 1, "reported once"
+    assert [caption for _, caption in items] == [CARDS["two"][1]] * 3
+    assert images.read(0) is None and images.read(1) is not None
 
 
 def test_a_truncated_jpeg_is_named(tmp_path):
@@ -692,16 +709,51 @@ def test_a_truncated_jpeg_is_named(tmp_path):
         read_picture(tmp_path / "one.jpg")
 
 
-def test_a_turned_photograph_is_turned_back(tmp_path):
-    picture = Image.new("RGB", (20, 10), "red")
-    picture.paste("blue", (0, 0, 10, 10))  # blue on the left
+# How a camera stores an upright picture `a` with each note of EXIF's orientation.
+STORED = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: a.transpose(1, 0, 2)[::-1],  # turn me by 90 degrees, clockwise
+    7: lambda a: a.transpose(1, 0, 2)[::-1, ::-1],
+    8: lambda a: a.transpose(1, 0, 2)[:, ::-1],
+}
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_turned_photographs_are_turned_back(tmp_path, orientation, suffix):
+    upright = np.zeros((32, 48, 3), np.uint8)
+    upright[:16, :24], upright[:16, 24:] = (250, 0, 0), (0, 250, 0)
+    upright[16:, :24], upright[16:, 24:] = (0, 0, 250), (250, 250, 0)
     exif = Image.Exif()
-    exif[0x0112] = 6  # "turn me by 90 degrees, clockwise"
-    picture.save(tmp_path / "one.png", exif=exif)
-    upright = read_picture(tmp_path / "one.png")
-    assert upright.size == (10, 20)
-    assert upright.getpixel((5, 2)) == (0, 0, 255)  # now at the top
-    assert upright.getpixel((5, 17)) == (255, 0, 0)
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
+    stored.save(tmp_path / f"one.{suffix}", exif=exif, quality=95)
+    read = np.asarray(read_picture(tmp_path / f"one.{suffix}")).astype(int)
+    assert read.shape == upright.shape
+    corners = (slice(4, None, 24), slice(4, None, 40))  # away from blurred seams
+    assert abs(read[corners] - upright[corners]).max() < 20
+
+
+def test_a_png_of_three_times_16_bits(tmp_path):
+    """Pillow cannot write one, so here are its chunks."""
+
+    def chunk(kind, data):
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    row = b"\0" + struct.pack(">6H", 65_535, 32_896, 0, 257, 514, 771)
+    (tmp_path / "one.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(row))
+        + chunk(b"IEND", b"")
+    )
+    read = np.asarray(read_picture(tmp_path / "one.png")).tolist()
+    assert read == [[[255, 128, 0], [1, 2, 3]]]
 
 
 def ramp(dtype, largest):
@@ -760,10 +812,13 @@ def test_half_transparent_is_half_white(tmp_path):
     assert abs(read - (255, 127, 127)).max() <= 1
 
 
-def test_an_animation_gives_its_first_frame(tmp_path):
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
+def test_an_animation_gives_its_first_frame(tmp_path, suffix):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
-    frames[0].save(tmp_path / "one.gif", save_all=True, append_images=frames[1:])
-    assert read_picture(tmp_path / "one.gif").getpixel((4, 4)) == (255, 0, 0)
+    file = tmp_path / f"one.{suffix}"
+    options = {"lossless": True} if suffix == "webp" else {}
+    frames[0].save(file, save_all=True, append_images=frames[1:], **options)
+    assert read_picture(file).getpixel((4, 4)) == (255, 0, 0)
 
 
 def test_the_middle_is_cut_out(tmp_path):
@@ -776,15 +831,240 @@ def test_the_middle_is_cut_out(tmp_path):
     assert (pixels[0] == 1).all() and (pixels[1:] == -1).all()
 
 
-def test_flip_mirrors_half_of_the_time(tmp_path):
+# Looks ------------------------------------------------------------------------
+
+
+def test_flip_shows_each_picture_straight_and_mirrored(tmp_path):
     picture = Image.new("RGB", (8, 8), "white")
     picture.paste("red", (0, 0, 4, 8))
     picture.save(tmp_path / "one.png")
     (tmp_path / "one.txt").write_text("red on the left")
-    images = CaptionedImages(tmp_path, 8, flip=True)
-    seen = [bool(images[0][0][1, 4, 1] < 0) for _ in range(60)]
-    assert 10 < sum(seen) < 50
-    assert all(CaptionedImages(tmp_path, 8)[0][0][1, 4, 1] < 0 for _ in range(10))
+    straight, mirrored = CaptionedImages(tmp_path, 8, flip=True)
+    assert straight[0][1, 4, 1] < 0 < straight[0][1, 4, 6]
+    assert torch.equal(mirrored[0], straight[0].flip(-1))
+    assert len(CaptionedImages(tmp_path, 8)) == 1
+
+
+@pytest.mark.parametrize("size", [(90, 30), (30, 90)])
+def test_crops_lie_along_the_longer_side(size):
+    """Each pixel of the picture says where it is."""
+    steps = np.linspace(0, 180, 90).round().astype(np.uint8)
+    ramp = np.broadcast_to(steps[:, None, None], (90, 30, 3))
+    picture = Image.fromarray(ramp.swapaxes(0, 1) if size[0] > size[1] else ramp)
+    assert picture.size == size
+    cut = Cut(30, crops=40)
+    starts = []
+    for look in range(cut.looks):
+        pixels = (cut(picture, "one.png", look) + 1) * 127.5
+        across = pixels[0].T if size[0] > size[1] else pixels[0]
+        starts.append(float(across[0, 0]) / 2)
+        expected = across[0, 0] + torch.linspace(0, 180, 90)[:30]
+        assert (across[:, 15] - expected).abs().max() < 2.5
+    assert min(starts) < 10 and max(starts) > 50, "anywhere from 0 to 60"
+
+
+def test_looks_depend_on_seed_and_name_alone(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("b", "c", "d"):
+        noise = rng.integers(0, 256, (16, 40, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(name)
+    options = dict(image_size=16, crops=2, flip=True)
+
+    def looks(**more):
+        images = CaptionedImages(tmp_path, **options, **more)
+        assert len(images) == 4 * len(images.pairs)
+        order = rng.permutation(len(images)).tolist()
+        count = len(images.pairs)
+        return {(images[i][1], i // count): images[i][0] for i in order}
+
+    first = looks()
+    assert len({tuple(x.flatten().tolist()) for x in first.values()}) == 12
+    other_seed = looks(seed=1)
+    assert not all(torch.equal(first[key], other_seed[key]) for key in first)
+    loader = DataLoader(CaptionedImages(tmp_path, **options), 3, num_workers=2)
+    by_workers = torch.cat([pixels for pixels, _ in loader])
+    images = CaptionedImages(tmp_path, **options)
+    assert torch.equal(by_workers, torch.stack([pixels for pixels, _ in images]))
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")  # a newcomer, in front
+    (tmp_path / "a.txt").write_text("a")
+    second = looks()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+# Faults at scale -----------------------------------------------------------------
+
+
+def test_opening_a_folder_decodes_nothing(tmp_path, monkeypatch):
+    make_folder(tmp_path, "seed")
+    monkeypatch.setattr(Image, "open", lambda *a, **k: pytest.fail("decoded"))
+    assert len(CaptionedImages(tmp_path)) == 2
+
+
+def count_reports(images, queue):
+    """In another process: read everything, and say how many warnings there were."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for index in range(len(images)):
+            images.read(index)
+    queue.put(len(caught))
+
+
+def test_one_report_for_all_processes(tmp_path):
+    make_folder(tmp_path, "side by side")
+    (tmp_path / "two.png").write_bytes(b"<html>not found</html>")
+    images = CaptionedImages(tmp_path)
+    context = torch.multiprocessing.get_context("fork")
+    counts = []
+    for _ in range(3):
+        queue = context.SimpleQueue()
+        worker = context.Process(target=count_reports, args=(images, queue))
+        worker.start()
+        worker.join()
+        counts.append(queue.get())
+    assert counts == [1, 0, 0]
+    assert images.files.unreadable.tolist() == [False, True]
+
+
+def test_when_no_picture_can_be_read_it_says_so(tmp_path):
+    make_folder(tmp_path, "side by side")
+    for name in CARDS:
+        (tmp_path / f"{name}.png").write_bytes(b"")
+    images = CaptionedImages(tmp_path)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="none of the 2"):
+        images[1]
+    with pytest.raises(IndexError, match="2 of 2"):
+        images[2]
+
+
+def test_picture_files_refuse_when_asked_to(tmp_path):
+    (tmp_path / "one.png").write_bytes(b"hi")
+    with pytest.raises(ValueError, match=r"one\.png"):
+        PictureFiles([tmp_path / "one.png"], on_error="raise")[0]
+
+
+def test_the_benchmark_of_folders_runs(tmp_path, capsys):
+    load_tool("bench_data").main(["--count", "30", "--folder", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert said.count("30 pictures") == 3, said
+
+
+# Shards ---------------------------------------------------------------------------
+
+
+def write_shards(folder, count=24, each=4):
+    """`count` cards, in shards of `each`; card i has the colour (i, i, i)."""
+    pattern = str(folder / "%04d.tar")
+    with webdataset.ShardWriter(pattern, maxcount=each, verbose=0) as writer:
+        for index in range(count):
+            file = io.BytesIO()
+            Image.new("RGB", (8, 8), (index,) * 3).save(file, "png")
+            writer.write(
+                {
+                    "__key__": f"{index:03}",
+                    "png": file.getvalue(),
+                    "txt": f"card {index}",
+                }
+            )
+    return f"{folder}/{{0000..{(count - 1) // each:04}}}.tar"
+
+
+def numbers(items):
+    """Which cards these are, by their pixels, which must agree with the captions."""
+    found = [round((pixels[0, 4, 4].item() + 1) * 127.5) for pixels, _ in items]
+    assert [caption for _, caption in items] == [f"card {n}" for n in found]
+    return found
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_shards_give_every_sample_once(tmp_path, num_workers):
+    shards = CaptionedShards(write_shards(tmp_path), 8)
+    assert len(shards.shards) == 6
+    found = numbers(list(DataLoader(shards, None, num_workers=num_workers)))
+    assert sorted(found) == list(range(24))
+    assert (found == list(range(24))) == (num_workers == 0)
+    both_ways = CaptionedShards(write_shards(tmp_path), 8, flip=True)
+    assert sorted(numbers(list(both_ways))) == sorted([*range(24)] * 2)
+
+
+def steps_of(shards, first, last, rank=0, world=1, num_workers=0, seed=0):
+    steps = ShardSteps(shards, 2, seed, first, last, rank, world)
+    return [
+        numbers(batch) for batch in DataLoader(steps, None, num_workers=num_workers)
+    ]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_processes_and_workers_share_an_epoch_of_shards(tmp_path, num_workers):
+    """Two processes: 12 cards each, so six steps of two are an epoch."""
+    shards = CaptionedShards(write_shards(tmp_path, 32), 8)  # 8 shards
+    both = [
+        steps_of(shards, 0, 16, rank, 2, num_workers=num_workers) for rank in (0, 1)
+    ]
+    for epoch in (0, 1):
+        steps = [batch for part in both for batch in part[8 * epoch : 8 * epoch + 8]]
+        assert sorted(sum(steps, [])) == list(range(32))
+    orders = [sum(both[0][:8], []), sum(both[0][8:], [])]
+    assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_shards_go_on_in_the_middle_of_an_epoch(tmp_path, num_workers):
+    shards = CaptionedShards(write_shards(tmp_path), 8, crops=3, flip=True)
+    whole = steps_of(shards, 0, 21, num_workers=num_workers)
+    if not num_workers:
+        assert whole != steps_of(shards, 0, 21, seed=1)
+    for first in (15,) if num_workers else (0, 1, 8, 15):
+        resumed = steps_of(shards, first, 21, num_workers=num_workers)
+        assert resumed == whole[first:], first
+
+
+def test_going_on_decodes_nothing_of_the_past(tmp_path, monkeypatch):
+    shards = CaptionedShards(write_shards(tmp_path), 8)
+    decoded = []
+    read = CaptionedShards.read
+    monkeypatch.setattr(
+        CaptionedShards, "read", lambda *a: decoded.append(a[1]) or read(*a)
+    )
+    assert len(steps_of(shards, 10, 12)) == 2
+    assert len(decoded) == 4
+
+
+def test_faults_in_shards_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"(?s)2 of 2 .*0001\.tar"):
+        CaptionedShards(f"{tmp_path}/{{0000..0001}}.tar")
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(file, "png")
+        for key, sample in {
+            "good": {"png": file.getvalue(), "txt": "a card"},
+            "silent": {"png": file.getvalue()},
+            "blind": {"txt": "a card"},
+            "torn": {"png": file.getvalue()[:45], "txt": "a card"},
+        }.items():
+            writer.write({"__key__": key, **sample})
+    with pytest.warns(UserWarning) as caught:
+        items = list(CaptionedShards(tmp_path / "a.tar", 8))
+    said = " ".join(str(warning.message) for warning in caught)
+    assert len(items) == 1 and said.count("a.tar/") == 3
+    for part in ("a.tar/silent: no caption", "a.tar/blind: no picture", "a.tar/torn"):
+        assert part in said
+    with pytest.raises(ValueError, match="a.tar/silent: no caption"):
+        list(CaptionedShards(tmp_path / "a.tar", 8, on_error="raise"))
+    # In training, another of the batch stands in; two batches of two: good, torn.
+    with pytest.warns(UserWarning):
+        (batch,) = ShardSteps(CaptionedShards(tmp_path / "a.tar", 8), 2, 0, 0, 1)
+    assert len(batch) == 2 and torch.equal(batch[0][0], batch[1][0])
+    data = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(data[:700])
+    with pytest.raises(ValueError, match=r"cannot read the shard .*a\.tar.*copy it"):
+        list(CaptionedShards(tmp_path / "a.tar", 8))
+
+
+def test_more_readers_than_shards_are_refused(tmp_path):
+    shards = CaptionedShards(write_shards(tmp_path, 8), 8)  # 2 shards
+    with pytest.raises(ValueError, match="2 shards for 3 readers"):
+        steps_of(shards, 0, 1, rank=0, world=3)
 
 
 def test_the_reader_works_with_workers():

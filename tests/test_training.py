@@ -23,14 +23,12 @@ from sdbook.training import (
     EMA,
     CLIPTrainingConfig,
     DiffusionLoss,
-    Encoded,
     Log,
     RunConfig,
     StepSampler,
     TrainingConfig,
     Twins,
     VAETrainingConfig,
-    data_fingerprint,
     exchange,
     latent_spread,
     learning_rate_at,
@@ -661,58 +659,6 @@ def test_frozen_parts_run_once(unet_config, monkeypatch):
     monkeypatch.setattr(training.AutoencoderKL, "encode", refuse)
     monkeypatch.setattr(training.CLIPTextModel, "forward", refuse)
     train(replace(unet_config, max_steps=4, resume=False))
-
-
-def test_the_cache_is_made_again_when_something_changed(frozen, tmp_path, monkeypatch):
-    vae, text_encoder, tokenizer = training.open_frozen(
-        TrainingConfig(vae_path=f"{frozen}/vae", text_encoder_path=f"{frozen}/clip")
-    )
-    made = []
-    write = training.write_moments
-    monkeypatch.setattr(
-        training, "write_moments", lambda *a: made.append(1) or write(*a)
-    )
-
-    def cache(count=5):
-        scenes = Scenes(64, length=count)
-        key = {"data": data_fingerprint(scenes), "count": count}
-        return Encoded(scenes, vae, text_encoder, tokenizer, tmp_path / "cache", key)
-
-    first = cache()
-    assert len(first) == 5 and len(made) == 1
-    moments, states = first.__getitems__([3, 0])
-    assert moments.shape == (2, 8, 16, 16) and states.shape[0] == 2
-    with torch.no_grad():
-        posterior = vae.encode(Scenes(64)[3][0][None])
-        expected = text_encoder(tokenizer(["", Scenes(64)[3][1]]))
-    torch.testing.assert_close(moments[0, :4].float(), posterior.mean[0], atol=5e-3, rtol=5e-3)  # noqa: E501
-    torch.testing.assert_close(states[0].float(), expected[1], atol=5e-3, rtol=5e-3)
-    torch.testing.assert_close(torch.tensor(first.texts[0]).float(), expected[0], atol=5e-3, rtol=5e-3)  # noqa: E501
-    cache()
-    assert len(made) == 1  # used again
-    cache(count=6)
-    assert len(made) == 2  # other pictures
-    vae.quant_conv.bias.data += 0.1
-    cache(count=6)
-    text_encoder.final_layer_norm.bias.data += 0.1
-    cache(count=6)
-    assert len(made) == 4  # other weights
-    (tmp_path / "cache" / "key.json").unlink()  # as when a first attempt was cut off
-    cache(count=6)
-    assert len(made) == 5
-
-
-def test_a_changed_folder_has_another_fingerprint(tmp_path):
-    write_folder(Scenes(64), tmp_path, 3)
-
-    def name():
-        config = RunConfig(dataset_path=str(tmp_path))
-        return data_fingerprint(training.open_dataset(config))
-
-    before = name()
-    assert name() == before
-    (tmp_path / "captions" / "00001.txt").write_text("something else")
-    assert name() != before
 
 
 def test_a_folder_of_pictures_from_end_to_end(tmp_path):
