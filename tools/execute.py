@@ -139,7 +139,9 @@ def normalise(notebook: nbformat.NotebookNode) -> None:
         kept = {k: v for k, v in cell.metadata.items() if k not in LEFT_BEHIND}
         cell.metadata = nbformat.from_dict(kept)
         if cell.cell_type == "code":
-            number += 1  # without a number, nbval takes a cell for one never run
+            # Without a number, nbval takes a cell for one never run. Colab's cell
+            # (tools/colab.py) does nothing here, and is not counted.
+            number += cell.id != "colab"
             cell.execution_count = number
             cell.outputs = normalise_outputs(cell.outputs)
             for output in cell.outputs:
