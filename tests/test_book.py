@@ -309,7 +309,7 @@ def test_chapters_open_in_colab_with_one_click(site):
         assert found == {
             f"https://colab.research.google.com/github/{name}/blob/main/chapters/{path.name}"
         }
-        assert "google.colab" not in text, "Colab's cell is not for the page"
+        assert "the-book" not in text, "Colab's cell is not for the page"
 
 
 def test_the_reference_explains_every_name_and_leads_to_its_cell_and_back(site):

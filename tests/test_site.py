@@ -94,7 +94,7 @@ def test_a_new_chapter_gets_colabs_cell(tmp_path, capsys):
 
 @pytest.fixture
 def run_cell(tmp_path, monkeypatch):
-    """Run the cell with a folder of ours as `/content`; what it starts is only noted."""
+    """The cell, run with a folder of ours as `/content`; what it starts is noted."""
     source = "".join(colab.cell()["source"])
     source = source.replace("/content", tmp_path.as_posix())
     started = []
