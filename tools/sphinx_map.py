@@ -110,7 +110,7 @@ def drawn_box(number, box, target):
         text += f'<text class="small" x="{left}" y="{middle + 18}">{words}</text>'
     kind = "frame" if number == 9 else "inner" if small else "box"
     return (
-        f'<a href="{target}" class="{kind}" aria-label="Chapter {number}: {name}">'
+        f'<a href="{target}" class="{kind}">'
         f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="7"/>'
         f"{text}</a>"
     )

@@ -29,6 +29,12 @@ MENDS = [
      r'<span class="search-button__kbd-shortcut" aria-hidden="true">'),
     (r'(<i class="theme-switch [^>]*?) title="[^"]*"', r'\1 aria-hidden="true"'),
     (r'<summary aria-label="Toggle hidden content">', "<summary>"),
+    (
+        r'<summary>(<span class="toctree-toggle")',
+        r'<summary aria-label="Show or hide the pages below">\1',
+    ),
+    # The front page is the book.
+    (r"<title>([^<]+?) &#8212; \1</title>", r"<title>\1</title>"),
     # A list holds items only, and the bibliography's holds links to the places of use.
     (r'<div role="list" class="citation-list">', '<div class="citation-list">'),
     (r' role="doc-biblioentry"', ""),
@@ -72,9 +78,7 @@ def add_head(app, pagename, templatename, context, doctree):
     number = chapter_number(pagename)
     book = app.config.html_title or app.config.project
     title = re.sub(r"<[^>]+>", "", html.unescape(context.get("title") or book))
-    if pagename == app.config.root_doc:
-        context["docstitle"] = ""  # or the title would stand there twice
-    elif number is not None:
+    if number is not None:
         title = f"{number} · {title}"
         context["title"] = html.escape(title)
     about = describe(doctree)
