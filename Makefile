@@ -13,7 +13,7 @@ help:
 	@echo "make sample    draw pictures with the model that ships with the book"
 	@echo "make test      everything: lint, export, tests, chapters, book (10 minutes)"
 	@echo "make book      build the pages of the book into _build/html"
-	@echo "make export    write sdbook/ from the chapters"
+	@echo "make export    write sdbook/ from the chapters, and Colab's cell into them"
 	@echo "make execute   run the chapters and keep their outputs"
 	@echo "               (one of them: make execute CHAPTERS=chapters/01_attention.ipynb)"
 	@echo "make lint      check style, and that sdbook/ is what the chapters say"
@@ -43,6 +43,7 @@ book: .venv/.installed
 
 export: .venv/.installed
 	$(BIN)/python tools/export.py
+	$(BIN)/python tools/colab.py
 
 execute: .venv/.installed
 	$(BIN)/python tools/execute.py $(CHAPTERS)
@@ -50,6 +51,7 @@ execute: .venv/.installed
 lint: .venv/.installed
 	$(BIN)/ruff check
 	$(BIN)/python tools/export.py --check
+	$(BIN)/python tools/colab.py --check
 
 bench: .venv/.installed
 	$(BIN)/python tools/bench.py

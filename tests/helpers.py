@@ -14,6 +14,11 @@ from sdbook.vae import AutoencoderKL, VAEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["a red star above a blue house", "two green fish", "a boat and a moon"] * 4
+# What `tools/execute.py --measure` writes onto a card.
+MEASURED = (
+    r"<!-- measured -->about (?P<time>[\d.]+) (s|min) and (?P<gigabytes>[\d.]+) GB of "
+    r"memory<!-- end -->"
+)
 
 
 def load_tool(name):

@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 CHAPTERS = sorted((ROOT / "chapters").glob("[0-9][0-9]_*.ipynb"))
@@ -134,24 +135,40 @@ INK = """() => [...new Set([...document.querySelectorAll(
   '.bd-article :is(p, li, td, th, dt, dd, figcaption, strong, em)')].map(
   e => getComputedStyle(e).color))]"""
 
+# Formulas have an ink of their own, and tens of thousands of parts: left out here.
+AXE = """async (options) => (await axe.run(
+  {include: [['body']], exclude: [['mjx-container']]},
+  {resultTypes: ['violations'], ...options})).violations.filter(
+  v => ['serious', 'critical'].includes(v.impact)).map(
+  v => [v.id, v.nodes.length, v.nodes[0].target.join(' ')])"""
+# What the eye is told must not be cut off: formulas that do not fit can be scrolled to.
+CUT_OFF = """() => [...document.querySelectorAll('mjx-container, div.math')].filter(
+  e => e.scrollWidth > e.clientWidth && e.tabIndex != 0 &&
+       getComputedStyle(e).overflowX == 'auto').length"""
+
 
 @pytest.fixture(scope="session")
 def facts(site, open_page):
     """One visit to every page: {page: what a browser sees there}."""
+    axe = (ROOT / "tests" / "axe" / "axe.min.js").read_text(encoding="utf-8")
     seen = {}
     for path in pages(site):
         page = open_page(path)
         if 'class="math' in (site / path).read_text(encoding="utf-8"):
             page.wait_for_selector("mjx-container", state="attached")
         seen[path] = page.evaluate(FACTS)
+        page.evaluate(axe)
+        seen[path]["faults"] = page.evaluate(AXE, {})
         page.emulate_media(color_scheme="dark")
         page.wait_for_function("document.documentElement.dataset.theme == 'dark'")
         seen[path]["dark"] = page.evaluate(IN_THE_DARK)
         page.wait_for_timeout(300)  # colours fade over
         seen[path]["ink"] = page.evaluate(INK)
+        seen[path]["faults"] += page.evaluate(AXE, {"runOnly": ["color-contrast"]})
         page.set_viewport_size({"width": 390, "height": 844})
         width = "document.documentElement.scrollWidth"
         seen[path]["width on a phone"] = page.evaluate(width)
+        seen[path]["cut off"] = page.evaluate(CUT_OFF)
         page.mouse.wheel(0, 100_000)
         page.wait_for_timeout(200)
         seen[path]["asked"] = page.asked
@@ -189,7 +206,8 @@ def test_the_book_builds_without_a_warning(build):
 def test_every_chapter_and_every_page_is_in_the_table_of_contents(site):
     toc = (ROOT / "_toc.yml").read_text(encoding="utf-8")
     listed = set(re.findall(r"file: (\S+)", toc))
-    pages_ = {f"pages/{path.stem}" for path in (ROOT / "pages").glob("*.md")}
+    found = (ROOT / "pages").rglob("*.md")
+    pages_ = {path.relative_to(ROOT).with_suffix("").as_posix() for path in found}
     assert listed == {f"chapters/{path.stem}" for path in CHAPTERS} | pages_
     assert all((site / f"{name}.html").exists() for name in listed)
 
@@ -199,7 +217,7 @@ class Links(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.links, self.ids, self.loads = [], set(), []
+        self.links, self.ids, self.loads, self.meta = [], set(), [], {}
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -209,6 +227,9 @@ class Links(html.parser.HTMLParser):
             self.links.append(attributes["href"])
         elif tag == "link" and attributes.get("rel") not in ("canonical",):
             self.loads.append(attributes.get("href", ""))
+        elif tag == "meta" and "content" in attributes:
+            name = attributes.get("name") or attributes.get("property")
+            self.meta[name] = attributes["content"]
         elif attributes.get("src"):
             self.loads.append(attributes["src"])
 
@@ -237,6 +258,79 @@ def test_nothing_on_a_page_comes_from_another_host(site):
     for page in pages(site):
         for source in Links((site / page).read_text(encoding="utf-8")).loads:
             assert not re.match(r"(https?:)?//", source), f"{page} loads {source}"
+
+
+def test_pages_say_what_they_are_about(site):
+    titles, descriptions = {}, {}
+    for page in pages(site):
+        text = (site / page).read_text(encoding="utf-8")
+        meta = Links(text).meta
+        titles[page] = re.search(r"<title>(.*?)</title>", text, re.DOTALL)[1].strip()
+        descriptions[page] = meta["description"]
+        assert 20 < len(meta["description"]) <= 200, page
+        assert meta["og:title"] and meta["og:title"] in titles[page].replace(
+            "&#39;", "'"
+        )
+        url = urlsplit(meta["og:image"])
+        assert url.scheme == "https" and url.netloc, page
+        picture = site / url.path.split("/", 2)[2]
+        assert Image.open(picture).size == (1200, 630), page
+        assert meta["og:url"].endswith(page) and meta["og:image:alt"], page
+    assert len(set(titles.values())) == len(titles)
+    chapters = [descriptions[chapter_page(path)] for path in CHAPTERS]
+    assert len(set(chapters)) == len(chapters)
+    assert titles["index.html"].count("Stable Diffusion") == 1
+
+
+def test_pages_are_light(site):
+    """What one page brings with it, beside what all pages share."""
+    for page in pages(site):
+        text = (site / page).read_text(encoding="utf-8")
+        own = {urljoin(page, load) for load in Links(text).loads if "_images" in load}
+        size = len(text.encode()) + sum((site / load).stat().st_size for load in own)
+        limit = 5e6 if 'type="range"' in text else 1.5e6
+        assert size <= limit, f"{page}: {size / 1e6:.1f} MB"
+
+
+def test_the_map_leads_to_every_chapter(site):
+    text = (site / "index.html").read_text(encoding="utf-8")
+    for map_ in re.findall(r'<svg class="parts-map.*?</svg>', text, re.DOTALL):
+        links = Links(map_).links
+        assert sorted(links) == [chapter_page(path) for path in CHAPTERS]
+    assert text.count('<svg class="parts-map') == 2
+
+
+def test_chapters_open_in_colab_with_one_click(site):
+    config = (ROOT / "_config.yml").read_text(encoding="utf-8")
+    name = re.search(r"url: https://github\.com/(\S+)", config)[1]
+    for path in CHAPTERS:
+        text = (site / chapter_page(path)).read_text(encoding="utf-8")
+        found = {x for x in Links(text).links if "colab.research" in x}
+        assert found == {
+            f"https://colab.research.google.com/github/{name}/blob/main/chapters/{path.name}"
+        }
+        assert "the-book" not in text, "Colab's cell is not for the page"
+
+
+def test_the_reference_explains_every_name_and_leads_to_its_cell_and_back(site):
+    for path in sorted((ROOT / "pages" / "api").glob("*.md")):
+        module = path.stem
+        source = (ROOT / "sdbook" / f"{module}.py").read_text(encoding="utf-8")
+        names = re.search(r"__all__ = (\[.*?\])", source, re.DOTALL)[1]
+        text = (site / f"pages/api/{module}.html").read_text(encoding="utf-8")
+        for name in re.findall(r'"(\w+)"', names):
+            entry = re.search(
+                rf'<section class="api" id="sdbook\.{module}\.{name}">.*?</section>',
+                text,
+                re.DOTALL,
+            )
+            there = re.search(r'class="built-in">.*?href="([^"#]+)#([^"]+)"', entry[0])
+            chapter = urljoin(f"pages/api/{module}.html", there[1])
+            cell = (site / chapter).read_text(encoding="utf-8")
+            assert f'id="{there[2]}"' in cell, name
+        for chapter in set(re.findall(r'href="\.\./\.\./(chapters/[^"#]+)#', text)):
+            back = (site / chapter).read_text(encoding="utf-8")
+            assert f'href="../pages/api/{module}.html#sdbook.{module}.' in back
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
@@ -306,6 +400,77 @@ def test_text_on_a_dark_page_is_light(facts):
         for ink in seen["ink"]:
             red, green, blue = map(float, re.findall(r"[\d.]+", ink)[:3])
             assert 0.3 * red + 0.59 * green + 0.11 * blue > 110, f"{path}: {ink}"
+
+
+def test_axe_finds_no_serious_fault(facts):
+    """Light and dark; see tests/axe/README.md."""
+    faults = {path: seen["faults"] for path, seen in facts.items() if seen["faults"]}
+    assert not faults, json.dumps(faults, indent=1)[:3000]
+
+
+def test_wide_formulas_can_be_scrolled_with_the_keyboard(facts):
+    assert not {path: n for path, s in facts.items() if (n := s["cut off"])}
+
+
+def test_the_words_of_the_map_stay_in_their_boxes(open_page):
+    page = open_page("index.html")
+    outside = """() => [...document.querySelectorAll('svg.parts-map a')].flatMap(a => {
+      const box = a.querySelector('rect').getBoundingClientRect();
+      return [...a.querySelectorAll('text')].filter(t => {
+        const r = t.getBoundingClientRect();
+        return r.width && (r.right > box.right - 1 || r.bottom > box.bottom ||
+                           r.left < box.left || r.top < box.top)
+      }).map(t => t.textContent)})"""
+    shown = "svg.parts-map:visible"
+    for width, kind in ((1280, "wide"), (390, "narrow")):
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.locator(shown).count() == 1
+        assert kind in page.locator(shown).get_attribute("class")
+        assert page.evaluate(outside) == []
+
+
+def test_the_keyboard_is_enough(open_page):
+    page = open_page("chapters/00_the_whole_picture.html")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to main content"
+    page.keyboard.press("Enter")
+    assert page.evaluate("location.hash") == "#main-content"
+    page.keyboard.press("Control+k")
+    field = page.locator("#pst-search-dialog input")
+    field.wait_for(state="visible")
+    field.fill("attention")
+    field.press("Enter")
+    page.wait_for_selector("ul.search li a")
+    assert "Attention" in page.locator("ul.search").inner_text()
+
+
+def test_a_printed_page_has_the_text_and_no_menus(open_page):
+    page = open_page("chapters/02_resblocks.html")
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 700, "height": 990})  # A4, less its margins
+    for menu in (".bd-sidebar-primary", ".bd-header-article", "p.open-in"):
+        assert not page.locator(menu).first.is_visible(), menu
+    titles = page.locator("h1:visible").all_inner_texts()
+    assert [title for title in titles if "Residual blocks" in title]
+    cut = """() => [...document.querySelectorAll('article pre')].filter(
+      e => e.offsetParent && e.scrollWidth > e.clientWidth + 1).length"""
+    assert page.evaluate(cut) == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= 700
+
+
+def test_pages_work_as_files(browser, site):
+    page = browser.new_page()
+    page.set_default_timeout(180_000)
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("requestfailed", lambda request: asked.append(f"failed: {request.url}"))
+    page.goto((site / "pages" / "notation.html").as_uri())
+    page.wait_for_selector("mjx-container")
+    page.goto((site / "search.html").as_uri() + "?q=palette")
+    page.wait_for_selector("ul.search li a")
+    assert "The whole picture" in page.locator("ul.search").inner_text()
+    page.close()
+    assert not [url for url in asked if not url.startswith(("file:", "data:"))]
 
 
 def test_pages_fit_a_phone(facts):

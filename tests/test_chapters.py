@@ -1,8 +1,10 @@
 """Every chapter has the skeleton that DESIGN.md promises its readers."""
 
+import re
+
 import nbformat
 import pytest
-from helpers import ROOT
+from helpers import MEASURED, ROOT
 
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
 
@@ -33,6 +35,15 @@ def test_a_chapter_begins_with_its_card(path):
     assert card.startswith("# ")
     for key in ("You build", "You need", "Exports", "Runs in"):
         assert f"- **{key}**" in card, key
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_the_card_has_room_for_what_is_measured(path):
+    card = sources(path, "markdown")[0]
+    line = re.search(r"- \*\*Runs in\*\* (.*?) on two CPU cores", card, re.DOTALL)
+    assert line, "`tools/execute.py --measure` writes its findings there"
+    if "<!--" in line[1]:
+        assert re.fullmatch(MEASURED, line[1]), "leave it to tools/execute.py"
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)

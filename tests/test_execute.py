@@ -3,11 +3,12 @@
 import base64
 import io
 import json
+import re
 from pathlib import Path
 
 import nbformat
 import pytest
-from helpers import load_tool
+from helpers import MEASURED, load_tool
 from PIL import Image, PngImagePlugin
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,7 +130,7 @@ def test_png_notes_are_stripped_and_pixels_kept():
 
 def svg(id_, shape="M 0 0", date="2020"):
     return (
-        f"<svg><dc:date>{date}</dc:date><clipPath id=\"{id_}\"/>"
+        f'<svg><dc:date>{date}</dc:date><clipPath id="{id_}"/>'
         f'<path d="{shape}" clip-path="url(#{id_})"/></svg>'
     )
 
@@ -187,6 +188,43 @@ def test_a_slow_cell_is_named(tmp_path, capsys):
     path = write(tmp_path / "01_x.ipynb", cells)
     assert execute.main(["--timeout", "2", str(path)]) == 1
     assert "cell slow ran for more than 2 s" in capsys.readouterr().err
+
+
+CARD = "# A chapter\n\n- **Runs in** about {} on two CPU cores; no GPU is needed."
+
+
+def test_time_and_memory_are_written_onto_the_card(tmp_path, capsys):
+    path = write(tmp_path / "01_x.ipynb", {"big": "held = b'x' * 300_000_000"})
+    notebook = nbformat.read(path, 4)
+    notebook.cells.insert(0, nbformat.v4.new_markdown_cell(CARD.format("a week")))
+    path.write_text(nbformat.writes(notebook), encoding="utf-8")
+    assert execute.main([str(path)]) == 0
+    assert "a week" in path.read_text("utf-8"), "nobody asked for it"
+    assert execute.main(["--measure", str(path)]) == 0
+    card = nbformat.read(path, 4).cells[0].source
+    written = execute.ON_THE_CARD.search(card)[0]
+    found = re.fullmatch(MEASURED, written)
+    assert found and card == CARD.replace("about {}", written)
+    assert 0.3 <= float(found["gigabytes"]) < 1 and float(found["time"]) > 0
+    assert execute.main(["--measure", str(path)]) == 0
+    assert nbformat.read(path, 4).cells[0].source.count("measured") == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "says"),
+    [(1, "5 s"), (23, "25 s"), (51, "50 s"), (58, "1 min"), (88, "1.5 min")],
+)
+def test_what_is_measured_is_rounded(seconds, says):
+    card = nbformat.v4.new_markdown_cell(CARD.format("a week"))
+    notebook = nbformat.v4.new_notebook(cells=[card])
+    execute.write_on_card(notebook, seconds, 1_234_000_000)
+    assert f"about {says} and 1.2 GB of memory" in card.source
+
+
+def test_a_card_without_a_line_for_it_is_refused(tmp_path, capsys):
+    path = write(tmp_path / "01_x.ipynb", {"one": "1"})
+    assert execute.main(["--measure", str(path)]) == 1
+    assert "the card has no line for what is measured" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@
     python tools/execute.py chapters/01_attention.ipynb    one of them
     python tools/execute.py --check                      keep nothing, name the
                                                          cells that would change
+    python tools/execute.py --measure chapters/01_…      and write onto the card how
+                                                         long it ran, in how much memory
 
 Each chapter runs in a fresh kernel. What differs from run to run without meaning
 anything is taken out of the outputs (execution counts, progress bars, addresses,
@@ -43,6 +45,9 @@ SITE_PACKAGES = re.compile(r"(?<![\w./~-])[\w./~-]*/site-packages/")
 ADDRESS = re.compile(r"\b0x[0-9a-f]{6,16}\b")
 SVG_ID = re.compile(r'\bid="([A-Za-z]+[0-9a-f]{10})"')
 DATA_URI = re.compile(r"data:image/(png|svg\+xml);base64,([A-Za-z0-9+/=]+)")
+# What the card says of time and memory; --measure writes it, and nobody else.
+ON_THE_CARD = re.compile(r"(?<=- \*\*Runs in\*\* ).*?(?= on two CPU cores)", re.DOTALL)
+PEAK_MEMORY = re.compile(r"VmHWM:\s*(\d+) kB")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_NOTES = (b"tEXt", b"zTXt", b"iTXt", b"tIME")
 
@@ -71,8 +76,19 @@ def read(path: Path) -> nbformat.NotebookNode:
         ) from None
 
 
-def run(notebook: nbformat.NotebookNode, folder: Path, timeout: int) -> None:
-    """Run all cells in a fresh kernel, in the chapter's folder, as readers do."""
+def run(notebook: nbformat.NotebookNode, folder: Path, timeout: int) -> int | None:
+    """Run all cells in a fresh kernel, in the chapter's folder, as readers do.
+
+    Returns how many bytes of memory the kernel had at most, where Linux says so.
+    """
+    peak = None
+
+    def look(**_) -> None:
+        nonlocal peak
+        status = Path(f"/proc/{client.km.provisioner.pid}/status")
+        found = PEAK_MEMORY.search(status.read_text()) if status.exists() else None
+        peak = int(found[1]) * 1024 if found else peak
+
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
@@ -84,6 +100,7 @@ def run(notebook: nbformat.NotebookNode, folder: Path, timeout: int) -> None:
         record_timing=False,
         extra_arguments=["--log-level=40"],
         resources={"metadata": {"path": str(folder)}},
+        on_cell_executed=look,
     )
     try:
         client.execute(env=kernel_environment())
@@ -99,6 +116,7 @@ def run(notebook: nbformat.NotebookNode, folder: Path, timeout: int) -> None:
     except DeadKernelError:
         cell = failed(notebook)
         raise Refused(f"the kernel died in cell {cell}; is it out of memory?") from None
+    return peak
 
 
 def failed(notebook: nbformat.NotebookNode) -> str:
@@ -116,6 +134,24 @@ def kernel_environment() -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     return defaults | dict(os.environ)
+
+
+def write_on_card(notebook: nbformat.NotebookNode, seconds: float, peak: int) -> None:
+    """Say on the card how long the chapter ran, and in how much memory.
+
+    Rounded, so that the next run on the same machine mostly says the same.
+    """
+    card = notebook.cells[0]
+    if not ON_THE_CARD.search(card.source):
+        raise Refused(
+            "the card has no line for what is measured; write "
+            "`- **Runs in** … on two CPU cores` into its first cell"
+        )
+    five = max(1, round(seconds / 5))
+    time_ = f"{5 * five} s" if five < 12 else f"{round(seconds / 30) / 2:g} min"
+    facts = f"about {time_} and {peak / 1e9:.1f} GB of memory"
+    marked = f"<!-- measured -->{facts}<!-- end -->"
+    card.source = ON_THE_CARD.sub(marked, card.source, count=1)
 
 
 # Normalising ------------------------------------------------------------------
@@ -139,7 +175,9 @@ def normalise(notebook: nbformat.NotebookNode) -> None:
         kept = {k: v for k, v in cell.metadata.items() if k not in LEFT_BEHIND}
         cell.metadata = nbformat.from_dict(kept)
         if cell.cell_type == "code":
-            number += 1  # without a number, nbval takes a cell for one never run
+            # Without a number, nbval takes a cell for one never run. Colab's cell
+            # (tools/colab.py) does nothing here, and is not counted.
+            number += cell.id != "colab"
             cell.execution_count = number
             cell.outputs = normalise_outputs(cell.outputs)
             for output in cell.outputs:
@@ -322,18 +360,23 @@ def changed_cells(before: nbformat.NotebookNode, after: nbformat.NotebookNode) -
     ]
 
 
-def execute(path: Path, timeout: int, check: bool) -> str:
+def execute(path: Path, timeout: int, check: bool, measure: bool = False) -> str:
     """Run one chapter, store it, and say in a line what happened."""
     before, notebook = read(path), read(path)
     start = time.perf_counter()
-    run(notebook, path.resolve().parent, timeout)
+    peak = run(notebook, path.resolve().parent, timeout)
     seconds = time.perf_counter() - start
+    if measure and peak is None:
+        raise Refused("the kernel's memory can be measured on Linux only")
+    if measure:
+        write_on_card(notebook, seconds, peak)
     normalise(notebook)
     check_sizes(notebook)
     text = to_text(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     size = sum(output_size(cell) for cell in code) / 1000
     facts = f"{seconds:.0f} s, {len(code)} cells, {size:.0f} kB of outputs"
+    facts += f", {peak / 1e9:.1f} GB of memory" if peak else ""
     if not check:
         return f"{facts}, {'stored' if write(path, text) else 'nothing changed'}"
     if path.read_text(encoding="utf-8") != text:
@@ -354,6 +397,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--check", action="store_true", help="store nothing, fail if anything changes"
     )
     parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="write seconds and memory onto the card; on an idle machine",
+    )
+    parser.add_argument(
         "--timeout", type=int, default=600, help="seconds for one cell (600)"
     )
     options = parser.parse_args(arguments)
@@ -362,9 +410,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{ROOT / 'chapters'}: no chapters (*.ipynb)", file=sys.stderr)
         return 1
     failures = 0
+    how = options.timeout, options.check, options.measure
     for path in paths:
         try:
-            print(f"{path.name}: {execute(path, options.timeout, options.check)}")
+            print(f"{path.name}: {execute(path, *how)}")
         except Refused as refused:
             print(f"error: {path.name}: {refused}", file=sys.stderr)
             failures += 1

@@ -1,15 +1,19 @@
 """A small Sphinx extension for the pages of the book.
 
 - A cell that starts with `#| export` gets a quiet label, "saved to
-  sdbook/attention.py", and the directive itself is not shown.
+  sdbook/attention.py", and the directive itself is not shown. The label links to
+  the reference (sphinx_api.py).
 - A cell with `#| default_exp` is not shown at all, nor are nbval's markers.
-- Chapters carry their number above the title, and their exercises and figures
-  are numbered by chapter: Exercise 5.2.
+- Exercises and figures are numbered by chapter: Exercise 5.2.
+
+sphinx_api.py writes the reference of the package, sphinx_pages.py what a page has
+around its text, sphinx_map.py the map on the front page.
 """
 
 import re
 
 from docutils import nodes
+from sphinx_api import label
 
 DIRECTIVE = re.compile(r"^#\|\s*(?P<name>export|default_exp)\b[ \t]*(?P<module>\S*)")
 NBVAL_MARKER = re.compile(r"^\s*#\s*(NBVAL_\w+|PYTEST_VALIDATE_\w+)\s*$")
@@ -41,7 +45,8 @@ def tidy_cells(app, doctree):
         lines = [line for line in lines if not NBVAL_MARKER.match(line)]
         _set_code(block, "\n".join(lines).strip("\n"))
         if directive:
-            source.insert(0, _label(directive["module"] or default_module))
+            name = directive["module"] or default_module
+            source.insert(0, label(app, name, "\n".join(lines)))
 
 
 def _is(node, element):
@@ -52,14 +57,6 @@ def _set_code(block, code):
     block.rawsource = code
     block.children = []
     block += nodes.Text(code)
-
-
-def _label(module):
-    path = f"sdbook/{module}.py"
-    label = nodes.paragraph(classes=["saved-to"])
-    label += nodes.Text("saved to ")
-    label += nodes.literal(path, path)
-    return label
 
 
 def number_by_chapter(app, env):
@@ -76,16 +73,7 @@ def number_by_chapter(app, env):
     return changed
 
 
-def show_chapter_number(app, pagename, templatename, context, doctree):
-    """Write "Chapter 5" above the title."""
-    chapter = chapter_number(pagename)
-    if chapter is not None and "body" in context:
-        label = f'<p class="chapter-number">Chapter {chapter}</p>\n<h1>'
-        context["body"] = context["body"].replace("<h1>", label, 1)
-
-
 def setup(app):
     app.connect("doctree-read", tidy_cells)
     app.connect("env-get-updated", number_by_chapter, priority=900)
-    app.connect("html-page-context", show_chapter_number)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,11 @@
+// A formula wider than the page can be scrolled with the keyboard, too.
+(() => {
+  const mark = () => {
+    for (const box of document.querySelectorAll("div.math, mjx-container[display]")) {
+      if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+      else box.removeAttribute("tabindex");
+    }
+  };
+  window.addEventListener("load", () => window.MathJax?.startup?.promise?.then(mark));
+  window.addEventListener("resize", mark);
+})();
