@@ -271,8 +271,8 @@ def run(command: str, arguments: list[str]):
     options = parser.parse_args(arguments)
     options.pop("config")
     config = config_class(**options)
-    function(config)
-    print(f"wrote {config.output_dir}")
+    if function(config) is not None:  # not after a dry run
+        print(f"wrote {config.output_dir}")
 
 
 def main(arguments: list[str] | None = None):
@@ -297,8 +297,8 @@ def main(arguments: list[str] | None = None):
             sys.exit(fail(command, f"error: {error}; see sdbook {command} --help"))
         except (ValueError, OSError) as error:
             sys.exit(fail(command, f"error: {reason_of(error)}"))
-        except KeyboardInterrupt:
-            sys.exit(fail(command, "stopped", 130))
+        except KeyboardInterrupt as error:
+            sys.exit(fail(command, f"stopped {error}", 130))
 
 
 def reason_of(error: Exception) -> str:
