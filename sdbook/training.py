@@ -27,12 +27,21 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from tqdm.auto import tqdm
 
 from .attention import SpatialTransformer, TransformerBlock
-from .clip import CLIP, CLIPTextConfig, CLIPTextModel, Tokenizer, contrastive_loss
+from .clip import (
+    CLIP,
+    CLIPTextConfig,
+    CLIPTextModel,
+    ImageTower,
+    Tokenizer,
+    contrastive_loss,
+    quick_gelu,
+)
 from .data import (
     COLOURS,
     KINDS,
@@ -60,7 +69,7 @@ from .resblocks import ResBlock
 from .schedulers import DDIMScheduler
 from .unet import UNet, UNetConfig, start_as_identity
 from .vae import AutoencoderKL, DiagonalGaussian, VAEConfig
-from .weights import build_empty, write_atomically
+from .weights import build_empty, read_weights, save_weights, write_atomically
 
 __all__ = [
     "AT_LEAST_ONE",
@@ -115,9 +124,17 @@ __all__ = [
     "describe_plan",
     "say_plan",
     "VAETrainingConfig",
-    "Rebuilder",
+    "check_vae_choices",
+    "VGG_MEAN",
+    "VGG_STD",
+    "stages_of_vgg",
+    "stages_of_tower",
+    "QuickGELU",
+    "PerceptualDistance",
+    "PatchCritic",
+    "balance",
     "latent_noise",
-    "vae_loss",
+    "VAEGame",
     "start_certain",
     "reconstruction_psnr",
     "latent_spread",
@@ -177,7 +194,8 @@ AT_LEAST_ONE = (
 ).split()
 NOT_NEGATIVE = (
     "warmup_steps num_workers weight_decay validate_every num_validation "
-    "sample_every offset_noise snr_gamma kl_weight"
+    "sample_every offset_noise snr_gamma l1_weight l2_weight kl_weight "
+    "perceptual_weight critic_weight critic_start"
 ).split()
 RUN_CHOICES = {
     "mixed_precision": ("no", "fp16", "bf16"),
@@ -1096,7 +1114,15 @@ class VAETrainingConfig(RunConfig):
         block_out_channels: width of each level; one halving between two levels.
         layers_per_block: residual blocks per level of the encoder.
         norm_num_groups: groups of every GroupNorm.
+        l1_weight: of the absolute error.
+        l2_weight: of the squared error.
         kl_weight: of the divergence from the standard normal, per pixel number.
+        perceptual_weight: of the difference that a frozen network sees; 0 for none.
+        perceptual_path: that network: a run of train-clip, or a file with the weights
+            of torchvision's vgg16.
+        critic_weight: of pleasing a critic that learns to tell pictures from rebuilt
+            ones; 0 for no critic.
+        critic_start: steps before the critic begins.
     """
 
     output_dir: str = "runs/vae"
@@ -1107,25 +1133,128 @@ class VAETrainingConfig(RunConfig):
     block_out_channels: tuple[int, ...] = (32, 64, 64)
     layers_per_block: int = 1
     norm_num_groups: int = 8
+    l1_weight: float = 0.1
+    l2_weight: float = 1.0
     kl_weight: float = 3e-4
+    perceptual_weight: float = 0.0
+    perceptual_path: str | None = None
+    critic_weight: float = 0.0
+    critic_start: int = 1000
 
     def __post_init__(self):
         super().__post_init__()
-        check_multiple("block_out_channels", self.block_out_channels,
-                       "norm_num_groups", self.norm_num_groups)  # fmt: skip
-        check_side(self.image_size, 2 ** (len(self.block_out_channels) - 1))
+        check_vae_choices(self)
 
 
-class Rebuilder(nn.Module):
-    """A VAE as its training needs it: pictures and noise in, rebuilt pictures out."""
+def check_vae_choices(config) -> None:
+    """Raise ValueError for settings of the VAE's training that cannot be meant."""
+    widths = config.block_out_channels
+    check_multiple(
+        "block_out_channels", widths, "norm_num_groups", config.norm_num_groups
+    )
+    check_side(config.image_size, 2 ** (len(widths) - 1))
+    if not config.l1_weight and not config.l2_weight:
+        raise ValueError("l1_weight and l2_weight are both 0; give one of them more")
+    path = config.perceptual_path
+    if config.perceptual_weight and (path is None or not Path(path).exists()):
+        raise ValueError(
+            f"perceptual_weight is {config.perceptual_weight}, but there is no network "
+            f"at perceptual_path {path}; give the output_dir of train-clip, or a file "
+            "with the weights of torchvision's vgg16, or set perceptual_weight to 0"
+        )
+    if config.critic_weight and config.compile:
+        raise ValueError(
+            "critic_weight needs gradients inside the step, which compile cannot do; "
+            "set compile to false"
+        )
 
-    def __init__(self, vae: AutoencoderKL):
+
+VGG_MEAN, VGG_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def stages_of_vgg(path: Path) -> list[nn.Module]:
+    """The five stages of torchvision's VGG16, for pixels in [-1, 1]."""
+    from torchvision.models import vgg16
+    from torchvision.transforms import Normalize
+
+    network = vgg16(weights=None)
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    mean, std = ([2 * m - 1 for m in VGG_MEAN], [2 * s for s in VGG_STD])
+    cuts = (0, 4, 9, 16, 23, 30)
+    stages = [network.features[start:end] for start, end in zip(cuts, cuts[1:])]
+    stages[0] = nn.Sequential(Normalize(mean, std), *stages[0])
+    return stages
+
+
+def stages_of_tower(folder: Path) -> list[nn.Module]:
+    """The stages of the picture tower that train-clip left in a folder."""
+    state = read_weights(folder / "image_encoder" / "model.safetensors")
+    width = state["stem.2.weight"].shape[0]
+    tower = ImageTower(8, width)
+    stem = {key: value for key, value in state.items() if key.startswith("stem.")}
+    tower.load_state_dict(stem, strict=False)
+    return [tower.stem[0], *(nn.Sequential(QuickGELU(), c) for c in tower.stem[1:])]
+
+
+class QuickGELU(nn.Module):
+    """CLIP's activation, as a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return quick_gelu(x)
+
+
+class PerceptualDistance(nn.Module):
+    """How different two batches of pictures look to a frozen network.
+
+    The mean squared difference of features of length 1, over places and stages
+    (Zhang et al., 2018, without their learned weights). Pixels are in [-1, 1].
+    """
+
+    def __init__(self, path: str | Path):
         super().__init__()
-        self.vae = vae
+        path = Path(path)
+        stages = stages_of_vgg(path) if path.is_file() else stages_of_tower(path)
+        self.stages = nn.ModuleList(stages).eval().requires_grad_(False)
 
-    def forward(self, pixels: Tensor, noise: Tensor):
-        posterior = self.vae.encode(pixels)
-        return self.vae.decode(posterior.mean + posterior.std * noise), posterior
+    def forward(self, one: Tensor, two: Tensor) -> Float[Tensor, ""]:
+        distances = []
+        for stage in self.stages:
+            one, two = stage(one), stage(two)
+            unit = (F.normalize(x, dim=1, eps=1e-6) for x in (one, two))
+            distances.append((next(unit) - next(unit)).square().sum(1).mean())
+        return sum(distances) / len(distances)
+
+
+class PatchCritic(nn.Sequential):
+    """Says of each patch of a picture how real it looks (Isola et al., 2017).
+
+    Pixels (b, 3, h, w) to scores (b, 1, h / 4, w / 4); high is real.
+    """
+
+    def __init__(self, width: int = 32):
+        def layer(before, after, stride):
+            conv = nn.Conv2d(before, after, 4 if stride == 2 else 3, stride, padding=1)
+            return conv, nn.GroupNorm(8, after), nn.LeakyReLU(0.2)
+
+        super().__init__(
+            nn.Conv2d(3, width, 4, 2, padding=1),
+            nn.LeakyReLU(0.2),
+            *layer(width, 2 * width, 2),
+            *layer(2 * width, 4 * width, 1),
+            nn.Conv2d(4 * width, 1, 3, padding=1),
+        )
+
+
+def balance(error: Tensor, reward: Tensor, weight: Tensor) -> Tensor:
+    """The factor that makes the reward's gradient as long as the error's.
+
+    At one weight, a layer's; Esser et al. (2021), equation 7.
+    """
+    lengths = [
+        torch.autograd.grad(value, weight, retain_graph=True)[0].norm()
+        for value in (error, reward)
+    ]
+    return (lengths[0] / (lengths[1] + 1e-4)).clamp(0, 1e4).detach()
 
 
 def latent_noise(config: VAEConfig, pixels: Tensor, generator, share=(0, 1)) -> Tensor:
@@ -1137,17 +1266,50 @@ def latent_noise(config: VAEConfig, pixels: Tensor, generator, share=(0, 1)) -> 
     return noise[part::parts]
 
 
-def vae_loss(module, pixels: Tensor, noise: Tensor, kl_weight: float):
-    """Mean squared error, a little absolute error, and the weighted divergence.
+class VAEGame(nn.Module):
+    """A VAE in training, with the critic that it has to please, if it has one.
 
-    `module` is a `Rebuilder`. Squares care most for large errors, the things' colours;
-    absolute values alone would first polish the background, which is most of a picture.
+    Pictures and noise for their latents give the loss and numbers for the log.
     """
-    rebuilt, posterior = module(pixels, noise)
-    error = rebuilt - pixels
-    absolute, squared = error.abs().mean(), error.square().mean()
-    kl = posterior.kl().mean() / pixels[0].numel()
-    return squared + 0.1 * absolute + kl_weight * kl, {"kl": kl, "squared": squared}
+
+    def __init__(self, config: VAETrainingConfig, vae: AutoencoderKL):
+        super().__init__()
+        self.config, self.vae = config, vae
+        self.critic = PatchCritic() if config.critic_weight else None
+        eyes = config.perceptual_weight and PerceptualDistance(config.perceptual_path)
+        self.frozen = [eyes]  # in a list: no part of what is trained and saved
+        self.register_buffer("batches", torch.tensor(0))
+
+    def forward(self, pixels: Tensor, noise: Tensor):
+        config = self.config
+        posterior = self.vae.encode(pixels)
+        rebuilt = self.vae.decode(posterior.mean + posterior.std * noise)
+        error = rebuilt - pixels
+        absolute, squared = error.abs().mean(), error.square().mean()
+        kl = posterior.kl().mean() / pixels[0].numel()
+        numbers = {"kl": kl, "squared": squared}
+        loss = config.l1_weight * absolute + config.l2_weight * squared
+        if config.perceptual_weight:
+            numbers["perceptual"] = self.frozen[0].to(pixels.device)(rebuilt, pixels)
+            loss = loss + config.perceptual_weight * numbers["perceptual"]
+        if self.critic:
+            played, scores = self.play(pixels, rebuilt, loss)
+            loss, numbers = loss + played, numbers | scores
+        return loss + config.kl_weight * kl, numbers
+
+    def play(self, pixels: Tensor, rebuilt: Tensor, error: Tensor):
+        """What the critic adds to the loss, for both players."""
+        critic, config = self.critic, self.config
+        self.batches += 1
+        if self.batches <= config.critic_start * config.gradient_accumulation_steps:
+            return sum(0.0 * weight.sum() for weight in critic.parameters()), {}
+        still = {name: weight.detach() for name, weight in critic.named_parameters()}
+        fooled = -torch.func.functional_call(critic, still, (rebuilt,)).mean()
+        factor = balance(error, fooled, self.vae.decoder.conv_out.weight)
+        real, made = critic(torch.cat([pixels, rebuilt.detach()])).chunk(2)
+        told = (F.relu(1 - real).mean() + F.relu(1 + made).mean()) / 2
+        numbers = {"fooled": -fooled, "critic": told, "critic_factor": factor}
+        return config.critic_weight * factor * fooled + told, numbers
 
 
 @torch.no_grad()
@@ -1233,12 +1395,13 @@ def train_vae(config: VAETrainingConfig) -> AutoencoderKL | None:
     def loss_of(module, batch, generator, share):
         pixels = batch[0].to(generator.device, memory_format=torch.channels_last)
         noise = latent_noise(vae.config, pixels, generator, share)
-        return vae_loss(module, pixels, noise, config.kl_weight)
+        return module(pixels, noise)
 
     def validate(module):
         return {"psnr": reconstruction_psnr(module.vae, held)}
 
-    vae = optimise(config, Rebuilder(vae), shown, loss_of, validate).vae.eval()
+    game = VAEGame(config, vae)
+    vae = optimise(config, game, shown, loss_of, validate).vae.eval()
     scale = round(1 / latent_spread(vae, dataset), 5)
     vae.config = replace(vae.config, scaling_factor=scale)
     if is_main_process():
@@ -1417,9 +1580,9 @@ def start_apart(clip: CLIP) -> None:
 def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel | None:
     """Train text and picture towers to agree; save text model and tokenizer.
 
-    Says the plan first; with `dry_run` that is all. Writes `output_dir/text_encoder`
-    and `output_dir/tokenizer`. With several processes, or parts of a batch, each
-    compares the pictures of its own share alone.
+    Says the plan first; with `dry_run` that is all. Writes `text_encoder`,
+    `tokenizer` and `image_encoder` (for `PerceptualDistance`) to `output_dir`. With
+    several processes, or parts of a batch, each compares its own pictures alone.
     """
     make_accelerator(config)
     torch.manual_seed(config.seed)
@@ -1450,6 +1613,8 @@ def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel | None:
     if is_main_process():
         clip.text_encoder.save_pretrained(Path(config.output_dir) / "text_encoder")
         tokenizer.save_pretrained(Path(config.output_dir) / "tokenizer")
+        tower = Path(config.output_dir) / "image_encoder" / "model.safetensors"
+        save_weights(clip.image_encoder.state_dict(), tower)
     return clip.text_encoder
 
 

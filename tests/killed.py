@@ -12,14 +12,16 @@ import random
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import accelerate  # noqa: F401 - once, before the forks
 import torch
 from torch import nn
 
-from sdbook.training import RunConfig, optimise, save_checkpoint
+from sdbook.training import RunConfig, optimise
 
-STEPS = 150
+STEPS = 60
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -54,7 +56,6 @@ def stop_half_way(state, file) -> None:
     """In place of `torch.save`: half a file, and then it hangs."""
     file.write(b"half a checkpoint")
     file.flush()
-    os.write(2, b"hanging\n")
     time.sleep(60)
 
 
@@ -74,32 +75,36 @@ def newest(folder: Path) -> str:
     return max((file.name for file in folder.glob("checkpoints/step-*.pt")), default="")
 
 
+def writing(folder: Path, before: str) -> bool:
+    return any(folder.glob("checkpoints/.*.tmp"))
+
+
+def moved(folder: Path, before: str) -> bool:
+    return newest(folder) > before
+
+
+def wait_and_kill(process: int, ready, moment: float) -> bool:
+    """Kill a process a moment after `ready()`; False if it had ended before."""
+    while not ready():
+        if os.waitpid(process, os.WNOHANG)[0]:
+            return False
+        time.sleep(0.002)
+    time.sleep(moment)
+    os.kill(process, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(process, 0)[1])
+
+
 def main(folder: Path) -> None:
     os.waitpid(child(folder / "whole", hang=False), 0)
-    killed, kills = folder / "killed", {"anywhere": 0, "inside a checkpoint": 0}
-    chance = random.Random(0)
-    while newest(killed) < f"step-{STEPS:08d}.pt":
-        kind = "inside a checkpoint" if kills["anywhere"] % 3 == 1 else "anywhere"
-        if kills[kind] >= 4 and kills["anywhere"] > 4:
-            kind = "anywhere"
-        before, process = newest(killed), child(killed, kind != "anywhere")
-        if kind == "anywhere":
-            while newest(killed) == before:  # at least one more checkpoint
-                if os.waitpid(process, os.WNOHANG)[0]:
-                    break
-                time.sleep(0.005)
-            time.sleep(chance.random() * 0.1)
-        else:
-            while not list(killed.glob("checkpoints/.*.tmp")):
-                time.sleep(0.005)
-        try:
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-        except (ProcessLookupError, ChildProcessError):
-            break  # it had come to its end
-        kills[kind] += 1
-        if kind != "anywhere":
-            kills["anywhere"] += 0
+    killed, chance = folder / "killed", random.Random(0)
+    kills = {"anywhere": 0, "inside a checkpoint": 0}
+    for turn in range(6):
+        before, hang = newest(killed), turn % 3 == 2
+        process, moment = child(killed, hang), chance.random() * 0.1
+        ready = partial(writing if hang else moved, killed, before)
+        if not wait_and_kill(process, ready, moment):
+            break
+        kills["inside a checkpoint" if hang else "anywhere"] += 1
     os.waitpid(child(killed, hang=False), 0)
     print(json.dumps(kills))
 
