@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 from .attention import SpatialTransformer, TransformerBlock
@@ -64,6 +65,7 @@ from .pipeline import (
     find_model,
     find_tokenizer,
     load_scheduler,
+    to_pictures,
 )
 from .resblocks import ResBlock
 from .schedulers import DDIMScheduler
@@ -140,6 +142,7 @@ __all__ = [
     "latent_spread",
     "open_dataset",
     "new_vae",
+    "rebuilt_sheet",
     "train_vae",
     "OPPOSITES",
     "decided",
@@ -323,6 +326,7 @@ class OutputSettings:
         log_every: steps between two lines of the log.
         log_with: "tensorboard" or "wandb" get the same numbers and pictures; "none".
         validate_every: steps between two looks at held-out pictures; 0 for none.
+        sample_every: steps between two sheets of pictures; 0 for none.
         checkpoint_every: steps between two checkpoints.
         keep_checkpoints: how many of them stay, the newest.
         resume: "auto" goes on from the newest whole checkpoint in output_dir, "none"
@@ -334,6 +338,7 @@ class OutputSettings:
     log_every: int = 50
     log_with: str = "none"
     validate_every: int = 500
+    sample_every: int = 0
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     resume: str = "auto"
@@ -839,8 +844,9 @@ class Run:
 
     def open_tracker(self) -> None:
         """TensorBoard or wandb, which go on where the log does."""
+        name = {"wandb": "sdbook"}.get(self.config.log_with, "tensorboard")
         later = {"tensorboard": {"purge_step": self.first}}
-        self.accelerator.init_trackers(self.output.name, init_kwargs=later)
+        self.accelerator.init_trackers(name, init_kwargs=later)
 
     def save(self, step: int) -> None:
         """Write a checkpoint of what is so after `step` steps."""
@@ -995,7 +1001,9 @@ def report(run: Run, done: int, validate=None, sample=None) -> None:
         picture = sample(run.model)
         write_atomically(path, lambda file: picture.save(file, "PNG"))
         for tracker in run.accelerator.trackers:
-            tracker.log_images({"samples": np.asarray(picture)[None]}, step=done)
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            pixels = np.asarray(picture.convert("RGB"))[None]
+            tracker.log_images({"samples": pixels}, step=done, **layout)
 
 
 def progress(run: Run) -> Iterator[int]:
@@ -1070,21 +1078,26 @@ def readable(size: int) -> str:
 
 
 def describe_plan(
-    config: RunConfig, dataset: Dataset, model: nn.Module, memory: dict, held: int = 0
-) -> str:
-    """What a run is going to do, as text; `held` pictures are only validated on."""
+    config: RunConfig, dataset: Dataset, model: nn.Module, memory: dict,
+    shown: int | None = None, held: int = 0,
+) -> str:  # fmt: skip
+    """What a run is going to do, as text.
+
+    It trains on `shown` of the pictures (all), and `held` are only validated on.
+    """
     from accelerate import PartialState
 
     world = PartialState().num_processes
-    config = count_steps(config, len(dataset), world)
+    shown = len(dataset) if shown is None else shown
+    config = count_steps(config, shown, world)
     pictures = pictures_per_step(config, world)
     rejected = len(getattr(dataset, "problems", ()))
     path = find_checkpoint(config)
     count = sum(weight.numel() for weight in model.parameters())
-    epochs = config.max_steps * pictures / len(dataset)
+    epochs = config.max_steps * pictures / shown
     lines = {
-        "data": f"{config.dataset_path}: {len(dataset):,} pictures, {rejected:,} "
-        f"rejected, {held:,} held out, {config.image_size} pixels a side",
+        "data": f"{config.dataset_path}: {shown:,} pictures to train on, {held:,} "
+        f"held out, {rejected:,} rejected, {config.image_size} pixels a side",
         "model": f"{count:,} parameters",
         "steps": f"{config.max_steps:,} of {pictures:,} pictures ({epochs:.1f} epochs)",
         "batch": f"{config.batch_size} at once × {config.gradient_accumulation_steps} "
@@ -1374,6 +1387,20 @@ def new_vae(config: VAETrainingConfig) -> AutoencoderKL:
     return vae
 
 
+def rebuilt_sheet(dataset: Dataset, count: int = 8):
+    """A function that shows pictures above what a VAE in training makes of them."""
+    pixels = torch.stack([dataset[i][0] for i in range(min(count, len(dataset)))])
+
+    @torch.no_grad()
+    def draw_sheet(game: VAEGame) -> Image.Image:
+        device = next(game.parameters()).device
+        rebuilt = game.vae.decode(game.vae.encode(pixels.to(device)).mode()).cpu()
+        sheet = make_grid(torch.cat([pixels, rebuilt]).clamp(-1, 1), len(pixels))
+        return to_pictures(sheet[None], "pil")[0]
+
+    return draw_sheet
+
+
 def train_vae(config: VAETrainingConfig) -> AutoencoderKL | None:
     """Train a VAE, measure its latent scale, and save it in diffusers' layout.
 
@@ -1400,8 +1427,9 @@ def train_vae(config: VAETrainingConfig) -> AutoencoderKL | None:
     def validate(module):
         return {"psnr": reconstruction_psnr(module.vae, held)}
 
-    game = VAEGame(config, vae)
-    vae = optimise(config, game, shown, loss_of, validate).vae.eval()
+    game, sample = VAEGame(config, vae), rebuilt_sheet(held)
+    game = optimise(config, game, shown, loss_of, validate, sample=sample)
+    vae = game.vae.eval()
     scale = round(1 / latent_spread(vae, dataset), 5)
     vae.config = replace(vae.config, scaling_factor=scale)
     if is_main_process():
@@ -1814,8 +1842,8 @@ class TrainingConfig(RunConfig, NoiseSettings, UNetShape):
             default those of `pretrained`, or of runs/clip.
         gradient_checkpointing: compute the insides of blocks twice to save memory.
         num_validation: pictures to validate on, not trained on (a tenth at most).
-        sample_every: steps between two sheets of drawn pictures; 0 for none.
-        sample_prompts: what to draw; by default the first captions.
+        sample_prompts: what to draw every sample_every steps; by default captions of
+            held-out pictures.
     """
 
     output_dir: str = "runs/unet"
@@ -1826,7 +1854,6 @@ class TrainingConfig(RunConfig, NoiseSettings, UNetShape):
     text_encoder_path: str | None = None
     gradient_checkpointing: bool = False
     num_validation: int = 64
-    sample_every: int = 0
     sample_prompts: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -2155,7 +2182,8 @@ def train(config: TrainingConfig) -> StableDiffusion | None:
     check_fits(find_checkpoint(config), empty_unet)
     dataset = open_dataset(config)
     shown, held = hold_out(config, dataset)
-    say_plan(config, dataset, empty_unet, unet_memory(config, empty_unet), len(held))
+    memory = unet_memory(config, empty_unet)
+    say_plan(config, dataset, empty_unet, memory, shown=len(shown), held=len(held))
     if config.dry_run:
         return None
 

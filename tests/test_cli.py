@@ -337,10 +337,10 @@ def test_a_plan_of_a_shipped_config(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent.parent)
     capsys.readouterr()
     config = CONFIGS / "scenes-again-cpu.yaml"
-    flags = ["--output_dir", str(tmp_path / "run"), "--dry_run", "true"]
+    flags = ["--dry_run", "--output_dir", str(tmp_path / "run")]
     main(["train", "--config", str(config), *flags])
     said = capsys.readouterr().out
-    assert "scenes: 80,000 pictures, 0 rejected" in said
+    assert "scenes: 80,000 pictures to train on, 64 held out, 0 rejected" in said
     assert "18,000 of 32 pictures" in said and str(tmp_path / "run") in said
     assert "wrote" not in said and not (tmp_path / "run").exists()
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import load_tool
+from PIL import Image
 from torch import nn
 
 from sdbook import training
@@ -953,7 +954,7 @@ def test_the_plan_and_nothing_else(unet_config, capsys):
     assert train(config) is None
     said = capsys.readouterr().out
     for words in (
-        "scenes: 10 pictures, 0 rejected, 10 held out", "parameters",
+        "scenes: 10 pictures to train on, 10 held out, 0 rejected", "parameters",
         "10 of 12 pictures (12.0 epochs)", "4 at once × 3 added up × 1 processes = 12",
         "memory  about", config.output_dir, "start   from step 0",
     ):  # fmt: skip
@@ -996,17 +997,27 @@ def test_gradient_checkpointing_changes_nothing_else(unet_config):
     assert same(one, two)
 
 
-def test_tensorboard_gets_the_numbers(tmp_path):
+def test_tensorboard_gets_numbers_and_pictures(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = line_config(tmp_path, log_with="tensorboard", max_steps=20)
-    optimise(config, nn.Linear(1, 1), Numbers(), line_loss)
-    (folder,) = {file.parent for file in tmp_path.rglob("events.out*")}
-    events = EventAccumulator(str(folder))
+    def sample(module):
+        return Image.new("RGB", (8, 4), "red")
+
+    config = line_config(
+        tmp_path, log_with="tensorboard", max_steps=20, sample_every=20
+    )
+    optimise(config, nn.Linear(1, 1), Numbers(), line_loss, sample=sample)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     seen = {e.step: e.value for e in events.Scalars("loss")}
     assert seen == pytest.approx({x["step"]: x["loss"] for x in log_of(tmp_path)})
+    (sheet,) = (
+        events.Images("samples/0")
+        if "samples/0" in events.Tags()["images"]
+        else events.Images("samples")
+    )  # noqa: E501
+    assert (sheet.step, sheet.width, sheet.height) == (20, 8, 4)
 
 
 def test_the_kinds_of_scene_that_are_shown(unet_config):
