@@ -9,7 +9,6 @@ import importlib.util
 import json
 import math
 import os
-import shutil
 import signal
 import threading
 import time
@@ -657,12 +656,13 @@ def check_fits(path: Path | None, model: nn.Module) -> None:
             raise other_model(path, f"{name} is {there} there and {here} here")
 
 
-def set_aside(folder: Path) -> None:
-    """Make room for a run from zero: what is in `folder` goes to folder-old."""
-    if folder.is_dir():
-        old = folder.with_name(folder.name + "-old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
+def set_aside(folder: Path, first: int) -> None:
+    """Move checkpoints of steps after `first`, made again or torn, to folder-old."""
+    for path in sorted(folder.glob("step-*.pt")):
+        if path.stem > f"step-{first:08d}":
+            old = folder.with_name(folder.name + "-old")
+            old.mkdir(exist_ok=True)
+            path.replace(old / path.name)
 
 
 def step_of(line: str) -> int:
@@ -833,13 +833,13 @@ class Run:
     def find_start(self) -> int:
         """Take back what the last checkpoint says; the step to go on with."""
         with self.accelerator.main_process_first():
-            if self.main and self.config.resume == "none":
-                set_aside(self.checkpoints)
             for left in self.checkpoints.glob(".*.tmp") if self.main else ():
                 left.unlink()  # by a run that was killed while it wrote
             path = find_checkpoint(self.config)
             first = load_checkpoint(path, self.parts) if path else 0
             self.log.cut(first)
+            if self.main:
+                set_aside(self.checkpoints, first)
         return first
 
     def open_tracker(self) -> None:
