@@ -797,7 +797,7 @@ def test_each_player_learns_from_its_own_score():
 
 def test_the_critic_starts_late_and_a_stop_is_exact(frozen, tmp_path, monkeypatch):
     config = VAETrainingConfig(
-        output_dir=f"{tmp_path}/whole", **TOY_VAE | {"image_size": 32},
+        output_dir=f"{tmp_path}/whole", **TOY_VAE,
         critic_weight=0.1, critic_start=2, perceptual_weight=1.0,
         perceptual_path=f"{frozen}/clip",
     )  # fmt: skip
@@ -908,12 +908,12 @@ def test_going_on_from_another_pipeline(unet_config, frozen):
     first = train(unet_config)
     second = TrainingConfig(
         output_dir=f"{unet_config.output_dir}-2", pretrained=unet_config.output_dir,
-        image_size=32, **TOY | {"max_steps": 1}, learning_rate=1e-20, weight_decay=0.0,
+        image_size=128, **TOY | {"max_steps": 1}, learning_rate=1e-20, weight_decay=0.0,
     )  # fmt: skip
     again = train(second)  # with its own VAE and text model, and of its sizes
     assert same(dict(first.unet.state_dict()), dict(again.unet.state_dict()))
     assert same(dict(first.vae.state_dict()), dict(again.vae.state_dict()))
-    assert again.unet.config.sample_size == first.unet.config.sample_size / 2
+    assert again.unet.config.sample_size == 2 * first.unet.config.sample_size
     with pytest.raises(ValueError, match=r"unet_channels is \(16, 32\).*has \(16, 16"):
         train(replace(second, unet_channels=(16, 32)))
     with pytest.raises(FileNotFoundError, match="nowhere"):
