@@ -102,6 +102,7 @@ __all__ = [
     "set_aside",
     "step_of",
     "Log",
+    "TEN_BAD_STEPS",
     "Meter",
     "recompute_blocks",
     "keep_all",
@@ -110,6 +111,9 @@ __all__ = [
     "count_steps",
     "is_main_process",
     "Run",
+    "find_start",
+    "open_tracker",
+    "finish",
     "take_step",
     "mean_of_all",
     "StopNote",
@@ -184,8 +188,8 @@ __all__ = [
     "hold_out",
     "Validation",
     "sheet_of",
-    "train",
     "unet_memory",
+    "train",
 ]
 
 
@@ -695,6 +699,14 @@ class Log:
                 file.write(json.dumps(line) + "\n")
 
 
+TEN_BAD_STEPS = (
+    "the loss or its gradient was no number in ten steps running, the last of them "
+    "step {step}; try a lower learning_rate, more warmup_steps, mixed_precision bf16 "
+    "or no in place of fp16, and look for broken pictures. The last checkpoint is "
+    "whole: the same command goes on from there"
+)
+
+
 class Meter:
     """Means of what was measured in the last steps, and a count of failed ones."""
 
@@ -727,13 +739,7 @@ class Meter:
         """Count a step that was left out; ValueError after ten in a row."""
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row == 10:
-            raise ValueError(
-                "the loss or its gradient was no number in ten steps running, the "
-                f"last of them step {step}; try a lower learning_rate, more "
-                "warmup_steps, mixed_precision bf16 or no in place of fp16, and look "
-                "for broken pictures. The last checkpoint is whole: the same command "
-                "goes on from there"
-            )
+            raise ValueError(TEN_BAD_STEPS.format(step=step))
 
     def means(self, pictures: int) -> dict[str, int | float]:
         """The means since the last call, and how fast steps of `pictures` went."""
@@ -827,26 +833,8 @@ class Run:
         self.parts = {"model": module, "optimiser": optimiser, "meter": self.meter}
         self.parts |= {"ema": self.model} if self.ema else {}
         self.parts |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
-        self.first = self.find_start()
-        self.open_tracker()
-
-    def find_start(self) -> int:
-        """Take back what the last checkpoint says; the step to go on with."""
-        with self.accelerator.main_process_first():
-            for left in self.checkpoints.glob(".*.tmp") if self.main else ():
-                left.unlink()  # by a run that was killed while it wrote
-            path = find_checkpoint(self.config)
-            first = load_checkpoint(path, self.parts) if path else 0
-            self.log.cut(first)
-            if self.main:
-                set_aside(self.checkpoints, first)
-        return first
-
-    def open_tracker(self) -> None:
-        """TensorBoard or wandb, which go on where the log does."""
-        name = {"wandb": "sdbook"}.get(self.config.log_with, "tensorboard")
-        later = {"tensorboard": {"purge_step": self.first}}
-        self.accelerator.init_trackers(name, init_kwargs=later)
+        self.first = find_start(self)
+        open_tracker(self)
 
     def save(self, step: int) -> None:
         """Write a checkpoint of what is so after `step` steps."""
@@ -854,12 +842,33 @@ class Run:
             keep = self.config.keep_checkpoints
             save_checkpoint(self.checkpoints, step, self.parts, keep)
 
-    def finish(self) -> nn.Module:
-        """Undo what training put around the module; the (averaged) weights."""
-        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-        keep_all(self.module)
-        self.accelerator.end_training()
-        return self.model
+
+def find_start(run: Run) -> int:
+    """Take back what the last checkpoint says; the step to go on with."""
+    with run.accelerator.main_process_first():
+        for left in run.checkpoints.glob(".*.tmp") if run.main else ():
+            left.unlink()  # by a run that was killed while it wrote
+        path = find_checkpoint(run.config)
+        first = load_checkpoint(path, run.parts) if path else 0
+        run.log.cut(first)
+        if run.main:
+            set_aside(run.checkpoints, first)
+    return first
+
+
+def open_tracker(run: Run) -> None:
+    """TensorBoard or wandb, which go on where the log does."""
+    name = {"wandb": "sdbook"}.get(run.config.log_with, "tensorboard")
+    later = {"tensorboard": {"purge_step": run.first}}
+    run.accelerator.init_trackers(name, init_kwargs=later)
+
+
+def finish(run: Run) -> nn.Module:
+    """Undo what training put around the module; the (averaged) weights."""
+    run.accelerator.unwrap_model(run.wrapped, keep_fp32_wrapper=False)
+    keep_all(run.module)
+    run.accelerator.end_training()
+    return run.model
 
 
 def take_step(run: Run, step: int, loss_of: Callable, batches) -> None:
@@ -974,7 +983,7 @@ def optimise(
                 raise KeyboardInterrupt(
                     f"after step {step + 1}; the same command goes on from there"
                 )
-    return run.finish()
+    return finish(run)
 
 
 def is_due(done: int, every: int, config: RunConfig) -> bool:
@@ -2168,6 +2177,15 @@ def sheet_of(config: TrainingConfig, dataset, vae, text_encoder, tokenizer, sche
     return draw_sheet
 
 
+def unet_memory(config: TrainingConfig, unet: UNet) -> dict:
+    """What training this (empty) UNet needs: see `memory_needed`."""
+    b, side = config.batch_size, unet.config.sample_size
+    with torch.device("meta"):
+        latents = torch.empty(b, unet.config.in_channels, side, side)
+        context = torch.empty(b, 77, unet.config.cross_attention_dim)
+        return memory_needed(config, unet, latents, torch.zeros(b), context)
+
+
 def train(config: TrainingConfig) -> StableDiffusion | None:
     """Train a UNet on a frozen VAE and text model, and save the whole pipeline.
 
@@ -2206,12 +2224,3 @@ def train(config: TrainingConfig) -> StableDiffusion | None:
     if is_main_process():
         pipe.save_pretrained(config.output_dir)
     return pipe
-
-
-def unet_memory(config: TrainingConfig, unet: UNet) -> dict:
-    """What training this (empty) UNet needs: see `memory_needed`."""
-    b, side = config.batch_size, unet.config.sample_size
-    with torch.device("meta"):
-        latents = torch.empty(b, unet.config.in_channels, side, side)
-        context = torch.empty(b, 77, unet.config.cross_attention_dim)
-        return memory_needed(config, unet, latents, torch.zeros(b), context)
