@@ -608,8 +608,9 @@ def read_checkpoint(path: Path, mapped: bool = False) -> dict:
 def other_model(path: Path, why: str) -> ValueError:
     """The error for a checkpoint that does not fit the settings."""
     return ValueError(
-        f"{path} is of another model ({why}); set the model's sizes as they were, or "
-        "choose another output_dir, or set resume to none to start from zero"
+        f"{path} is of another model ({why}); set the sizes (unet_channels, "
+        "layers_per_block and so on) as they were, or choose another output_dir, or "
+        "set resume to none to start from zero"
     )
 
 

@@ -944,7 +944,7 @@ def test_resuming_with_other_sizes_is_refused_first(unet_config, monkeypatch):
     train(replace(unet_config, max_steps=1))
     monkeypatch.setattr(training.AutoencoderKL, "from_pretrained", refuse)
     monkeypatch.setattr(training, "open_dataset", refuse)
-    with pytest.raises(ValueError, match="another model.*sizes as they were.*resume"):
+    with pytest.raises(ValueError, match="another model.*unet_channels.*resume"):
         train(replace(unet_config, unet_channels=(16, 32)))
 
 
