@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Literal
 
@@ -242,6 +243,15 @@ def gather_prompts(arguments: list[str]) -> list[str]:
     return [*arguments[:start], json.dumps(arguments[start:end]), *arguments[end:]]
 
 
+def switch_on(arguments: list[str], switches: list[str]) -> list[str]:
+    """`--dry_run` alone as `--dry_run true`."""
+    full = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"]):
+        alone = argument in switches and following.startswith("--")
+        full += [argument, "true"] if alone else [argument]
+    return full
+
+
 def run(command: str, arguments: list[str]):
     """Parse a command's flags and call it."""
     from jsonargparse import ArgumentParser
@@ -266,11 +276,14 @@ def run(command: str, arguments: list[str]):
         "train-clip": (training.train_clip, training.CLIPTrainingConfig),
     }[command]
     parser.add_class_arguments(config_class, as_group=False)
-    options = parser.parse_args(arguments)
+    switches = [
+        f"--{field.name}" for field in fields(config_class) if field.type is bool
+    ]
+    options = parser.parse_args(switch_on(arguments, switches))
     options.pop("config")
     config = config_class(**options)
-    function(config)
-    print(f"wrote {config.output_dir}")
+    if function(config) is not None:  # not after a dry run
+        print(f"wrote {config.output_dir}")
 
 
 def main(arguments: list[str] | None = None):
@@ -295,8 +308,8 @@ def main(arguments: list[str] | None = None):
             sys.exit(fail(command, f"error: {error}; see sdbook {command} --help"))
         except (ValueError, OSError) as error:
             sys.exit(fail(command, f"error: {reason_of(error)}"))
-        except KeyboardInterrupt:
-            sys.exit(fail(command, "stopped", 130))
+        except KeyboardInterrupt as error:
+            sys.exit(fail(command, f"stopped {error}", 130))
 
 
 def reason_of(error: Exception) -> str:

@@ -965,6 +965,13 @@ class CaptionedShards(IterableDataset):
         self.shards, self.on_error = _shard_files(shards), on_error
         self.cut = Cut(image_size, crops, flip, seed)
         PictureFiles([], on_error)  # checks on_error
+        self.count = None
+
+    def __len__(self) -> int:
+        """Looks at complete samples; the first time, all shards are read for it."""
+        if self.count is None:
+            self.count = sum(1 for _ in self.samples(self.shards))
+        return self.count * self.cut.looks
 
     def samples(
         self, shards: list[str], shuffle: random.Random | None = None

@@ -5,31 +5,52 @@ Generated from chapters/08_training.ipynb; do not edit.
 
 import copy
 import hashlib
+import importlib.util
 import json
 import math
 import os
+import signal
+import threading
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from filelock import FileLock
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
     Sampler,
+    Subset,
+    default_collate,
     get_worker_info,
 )
+from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
-from .attention import TransformerBlock
-from .clip import CLIP, CLIPTextConfig, CLIPTextModel, Tokenizer, contrastive_loss
+from .attention import SpatialTransformer, TransformerBlock
+from .clip import (
+    CLIP,
+    CLIPTextConfig,
+    CLIPTextModel,
+    ImageTower,
+    Tokenizer,
+    contrastive_loss,
+    quick_gelu,
+)
 from .data import (
     COLOURS,
     KINDS,
@@ -43,46 +64,101 @@ from .data import (
     Request,
     Scene,
     Scenes,
+    ShardSteps,
     arrange,
     describe,
     draw,
     is_held_out,
     to_pixels,
 )
-from .pipeline import StableDiffusion
+from .pipeline import (
+    StableDiffusion,
+    check_tokenizer,
+    find_model,
+    find_tokenizer,
+    load_scheduler,
+    to_pictures,
+)
+from .resblocks import ResBlock
 from .schedulers import DDIMScheduler
 from .unet import UNet, UNetConfig, start_as_identity
 from .vae import AutoencoderKL, DiagonalGaussian, VAEConfig
-from .weights import write_atomically
+from .weights import build_empty, read_weights, save_weights, write_atomically
 
 __all__ = [
+    "AT_LEAST_ONE",
+    "NOT_NEGATIVE",
+    "RUN_CHOICES",
     "check_run",
+    "check_machine",
+    "PictureSettings",
+    "StepSettings",
+    "check_multiple",
+    "check_side",
+    "OutputSettings",
     "RunConfig",
     "StepSampler",
     "step_generator",
     "min_snr_weights",
+    "Corruption",
     "DiffusionLoss",
     "mean_where",
     "learning_rate_at",
     "EMA",
     "save_checkpoint",
     "load_checkpoint",
+    "is_whole",
+    "read_checkpoint",
+    "other_model",
+    "find_checkpoint",
+    "check_fits",
+    "set_aside",
     "step_of",
     "Log",
+    "TEN_BAD_STEPS",
+    "Meter",
+    "recompute_blocks",
+    "keep_all",
     "make_accelerator",
-    "descend",
+    "pictures_per_step",
+    "count_steps",
+    "is_main_process",
+    "Run",
+    "find_start",
+    "open_tracker",
+    "finish",
+    "take_step",
+    "mean_of_all",
+    "StopNote",
+    "leave_signals_to_main",
     "optimise",
     "is_due",
-    "set_learning_rate",
     "report",
+    "progress",
     "step_loader",
-    "is_main_process",
+    "kept_bytes",
+    "memory_needed",
+    "readable",
+    "describe_plan",
+    "say_plan",
     "VAETrainingConfig",
-    "vae_loss",
+    "check_vae_choices",
+    "VGG_MEAN",
+    "VGG_STD",
+    "stages_of_vgg",
+    "stages_of_tower",
+    "QuickGELU",
+    "PerceptualDistance",
+    "PatchCritic",
+    "balance",
+    "latent_noise",
+    "VAEGame",
     "start_certain",
     "reconstruction_psnr",
     "latent_spread",
     "open_dataset",
+    "new_vae",
+    "rebuilt_sheet",
     "train_vae",
     "decided",
     "exchange",
@@ -104,39 +180,68 @@ __all__ = [
     "list_items",
     "Missing",
     "MissingInShards",
+    "Encoded",
     "BATCH_PIXELS",
     "write_texts",
     "write_moments",
     "side_of",
     "fill_cache",
     "find_rows",
-    "Encoded",
     "encode_dataset",
+    "UNetShape",
+    "UNET_SIZES",
+    "PRESETS",
+    "asked_sizes",
+    "NoiseSettings",
     "TrainingConfig",
-    "check_unet_choices",
+    "check_noise",
+    "check_shape",
     "make_noise_schedule",
-    "unet_config",
+    "FROZEN",
+    "source_of",
     "open_frozen",
+    "unet_from_zero",
+    "check_asked_sizes",
+    "find_sizes",
     "whitening",
     "start_white",
     "new_unet",
+    "check_schedule",
     "as_it_is",
+    "hold_out",
+    "Validation",
+    "sheet_of",
+    "unet_memory",
     "train",
 ]
 
 
+AT_LEAST_ONE = (
+    "batch_size gradient_accumulation_steps max_steps num_train_epochs num_pictures "
+    "image_size log_every checkpoint_every keep_checkpoints layers_per_block "
+    "norm_num_groups num_heads num_attention_heads hidden_size unet_dim"
+).split()
+NOT_NEGATIVE = (
+    "warmup_steps num_workers weight_decay validate_every num_validation "
+    "sample_every offset_noise snr_gamma l1_weight l2_weight kl_weight "
+    "perceptual_weight critic_weight critic_start"
+).split()
+RUN_CHOICES = {
+    "mixed_precision": ("no", "fp16", "bf16"),
+    "lr_scheduler": ("constant", "linear", "cosine"),
+    "log_with": ("none", "tensorboard", "wandb"),
+}
+
+
 def check_run(config) -> None:
     """Raise ValueError for settings of a run that cannot be meant."""
-    at_least_one = (
-        "batch_size max_steps num_pictures image_size log_every checkpoint_every "
-        "layers_per_block norm_num_groups num_heads num_attention_heads hidden_size"
-    )
-    for name in at_least_one.split():
-        if getattr(config, name, 1) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; give at least 1")
-    for name in ("warmup_steps", "num_workers", "weight_decay"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} is {getattr(config, name)}; give 0 or more")
+    for names, least, remedy in (
+        (AT_LEAST_ONE, 1, "at least 1"), (NOT_NEGATIVE, 0, "0 or more"),
+    ):  # fmt: skip
+        for name in names:
+            value = getattr(config, name, None)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; give {remedy}")
     for name in ("learning_rate", "max_grad_norm"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name} is {getattr(config, name)}; give more than 0")
@@ -144,85 +249,166 @@ def check_run(config) -> None:
         raise ValueError(
             f"ema_decay is {config.ema_decay}; give 0 (no average) or less than 1"
         )
-    if config.mixed_precision not in ("no", "fp16", "bf16"):
-        raise ValueError(
-            f"mixed_precision {config.mixed_precision!r} is none of no, fp16, bf16"
-        )
+    for name, valid in RUN_CHOICES.items():
+        value = getattr(config, name)
+        if value not in valid:
+            raise ValueError(f"{name} {value!r} is none of {', '.join(valid)}")
+
+
+def check_machine(config) -> None:
+    """Raise ValueError for settings that this machine cannot follow."""
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("mixed_precision fp16 needs a GPU; use 'no' or 'bf16'")
+    package = config.log_with
+    if package != "none" and importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f"log_with {package} needs a package that is not installed; run "
+            f"`pip install {package}`, or set log_with to none"
+        )
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """What every training run needs to know.
+class PictureSettings:
+    """What a training is shown.
 
     Attributes:
-        dataset_path: "scenes" for the book's own world, or a folder of pictures.
+        dataset_path: "scenes" for the book's own world, a folder of pictures, or
+            .tar shards, as in "pets/{0000..0099}.tar".
         num_pictures: how many of the endless scenes to use.
         kinds: kinds of scene to show (chapter 4's `KINDS`); none named: all; one that
             is named twice is shown twice as often.
-        output_dir: where the model, checkpoints and the log (log.jsonl) go.
         image_size: pictures are cut to squares of this side, in pixels.
-        batch_size: pictures in one optimiser step, over all processes.
+        crops: squares cut from each picture at random places; 0: one, the middle.
+        flip: show mirror images, too; wrong where captions say left and right.
+        on_error: "skip" pictures that cannot be used, with a warning, or "raise".
+        batch_size: pictures that a process takes at once.
+        gradient_accumulation_steps: batches whose gradients make one step; a step sees
+            batch_size pictures times this times the number of processes.
+        num_workers: processes that prepare data.
+        seed: of the weights, the data order and the noise.
+    """
+
+    dataset_path: str = "scenes"
+    num_pictures: int = 20_000
+    kinds: tuple[str, ...] = ()
+    image_size: int = 64
+    crops: int = 0
+    flip: bool = False
+    on_error: str = "skip"
+    batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    num_workers: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How a training moves the weights.
+
+    Attributes:
         max_steps: optimiser steps.
-        learning_rate: the highest; it warms up, then falls along a cosine to 0.
+        num_train_epochs: times that each picture is shown, in place of max_steps.
+        learning_rate: the highest.
+        lr_scheduler: what it does after the warm-up: "constant", "linear" or "cosine",
+            the last two down to 0 at the last step.
         warmup_steps: steps until the highest learning rate.
         weight_decay: AdamW's.
         max_grad_norm: longer gradients are shortened to this.
         ema_decay: how slowly the averaged weights follow; 0 keeps no average.
         mixed_precision: "no", "fp16" or "bf16".
         compile: let torch.compile speed the model up (a GPU's gain).
-        seed: of the weights, the data order and the noise.
-        num_workers: processes that prepare data.
-        log_every: steps between two lines of the log.
-        checkpoint_every: steps between two checkpoints.
-        resume: go on from output_dir's checkpoint when it holds one.
     """
 
-    dataset_path: str = "scenes"
-    num_pictures: int = 20_000
-    kinds: tuple[str, ...] = ()
-    output_dir: str = "runs/model"
-    image_size: int = 64
-    batch_size: int = 64
     max_steps: int = 1000
+    num_train_epochs: int | None = None
     learning_rate: float = 1e-3
+    lr_scheduler: str = "cosine"
     warmup_steps: int = 100
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
     mixed_precision: str = "no"
     compile: bool = False
-    seed: int = 0
-    num_workers: int = 0
+
+
+def check_multiple(name: str, widths, divisor_name: str, divisor: int) -> None:
+    """Raise ValueError unless every width is a multiple of the divisor."""
+    if any(width % divisor for width in widths):
+        raise ValueError(
+            f"{name} {widths} do not split into {divisor_name} {divisor}; make every "
+            "width a multiple of it"
+        )
+
+
+def check_side(image_size: int, factor: int, why: str = "the VAE") -> None:
+    """Raise ValueError unless pictures of this side can be halved often enough."""
+    if image_size % factor:
+        near = max(1, round(image_size / factor)) * factor
+        raise ValueError(
+            f"image_size is {image_size}, but {why} needs a multiple of {factor}; "
+            f"give {near}"
+        )
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """What a training writes down, and when.
+
+    Attributes:
+        output_dir: where the model, checkpoints/ and the log (log.jsonl) go.
+        log_every: steps between two lines of the log.
+        log_with: "tensorboard" or "wandb" get the same numbers and pictures; "none".
+        validate_every: steps between two looks at held-out pictures; 0 for none.
+        sample_every: steps between two sheets of pictures; 0 for none.
+        checkpoint_every: steps between two checkpoints.
+        keep_checkpoints: how many of them stay, the newest.
+        resume: "auto" goes on from the newest whole checkpoint in output_dir, "none"
+            starts from zero and sets those aside, a path goes on from that file or run.
+        dry_run: say what would be done, and stop before the first step.
+    """
+
+    output_dir: str = "runs/model"
     log_every: int = 50
+    log_with: str = "none"
+    validate_every: int = 500
+    sample_every: int = 0
     checkpoint_every: int = 500
-    resume: bool = True
+    keep_checkpoints: int = 2
+    resume: str = "auto"
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class RunConfig(OutputSettings, StepSettings, PictureSettings):
+    """What every training run needs to know."""
 
     def __post_init__(self):
         check_run(self)
+        check_machine(self)
 
 
 class StepSampler(Sampler):
     """Lists of picture numbers, one for each step from `first` to `last`.
 
     Every epoch is shuffled anew by (seed, epoch) alone, so step 700 sees the same
-    pictures whether or not the run was stopped before it. Process `rank` of `world`
-    gets every world-th picture of each batch. Raises ValueError for a batch that
-    does not split evenly.
+    pictures whether or not the run was stopped before it. `batch_size` counts the
+    pictures of a whole step. Process `rank` of `world` gets its share of them, as
+    `parts` lists, one after the other. Raises ValueError for a batch that does not
+    split evenly.
     """
 
-    def __init__(self, size, batch_size, seed, first, last, rank=0, world=1):
-        if batch_size % world:
+    def __init__(self, size, batch_size, seed, first, last, rank=0, world=1, parts=1):
+        if batch_size % (world * parts):
             raise ValueError(
-                f"batch_size {batch_size} does not split over {world} processes; "
-                f"give a multiple of {world}"
+                f"batch_size {batch_size} does not split over {world} processes with "
+                f"{parts} parts each; give a multiple of {world * parts}"
             )
         self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.first, self.last, self.rank, self.world = first, last, rank, world
+        self.first, self.last, self.parts = first, last, parts
+        self.rank, self.world = rank, world
 
     def __len__(self) -> int:
-        return max(0, self.last - self.first)
+        return max(0, self.last - self.first) * self.parts
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, order = -1, None
@@ -235,7 +421,9 @@ class StepSampler(Sampler):
                         self.size
                     )
                 picks.append(int(order[place % self.size]))
-            yield picks[self.rank :: self.world]
+            for part in range(self.parts):
+                start = part * self.world + self.rank
+                yield picks[start :: self.world * self.parts]
 
 
 def step_generator(seed: int, step: int, rank: int = 0, device="cpu"):
@@ -261,56 +449,75 @@ def min_snr_weights(
     return worth / error_in_x0[scheduler.config.prediction_type]
 
 
-class DiffusionLoss:
-    """Noise a latent, ask the UNet what was added, compare (Ho et al., 2020).
+class Corruption:
+    """All that chance decides in a step, drawn for the whole step at once.
 
-    `scale` is the VAE's scaling factor and `empty` (n, d) the states of the empty
-    caption, which replace a share `caption_dropout` of the captions. `share` is
-    (rank, world): each process draws for the whole batch and keeps its own rows, so
-    that the number of processes changes nothing.
+    `share` is (part, parts): a process or a part of a batch gets the rows of its own
+    pictures, so that the number of processes and parts changes nothing.
     """
 
-    def __init__(
-        self, scheduler, scale, empty, caption_dropout=0.0, snr_gamma=0.0,
-        snr_power=1.0, share=(0, 1),
-    ):  # fmt: skip
-        self.scheduler, self.scale, self.empty = scheduler, scale, empty
-        self.caption_dropout, self.share = caption_dropout, share
-        weights = min_snr_weights(scheduler, snr_gamma, snr_power)
-        self.weights = weights.to(empty.device)
+    def __init__(self, scheduler, scale, caption_dropout=0.0, offset_noise=0.0):
+        self.scheduler, self.scale = scheduler, scale
+        self.caption_dropout, self.offset_noise = caption_dropout, offset_noise
 
-    def draw(self, moments: Float[Tensor, "b c2 h w"], generator: torch.Generator):
-        """All that chance decides: x0, noise, timesteps, whose caption is dropped.
+    def draw(
+        self, moments: Float[Tensor, "b c2 h w"], generator: torch.Generator,
+        share: tuple[int, int] = (0, 1),
+    ):  # fmt: skip
+        """x0, noise, timesteps, whose caption is dropped.
 
         The timesteps are spread evenly over the batch, one from each of its parts.
         """
-        rank, world = self.share
-        device, count = generator.device, len(moments) * world
+        part, parts = share
+        device, count = generator.device, len(moments) * parts
         posterior = DiagonalGaussian(moments)
+        c, h, w = posterior.mean.shape[1:]
 
-        def normal():
-            shape = (count, *posterior.mean.shape[1:])
-            return torch.randn(shape, generator=generator, device=device)[rank::world]
+        def normal(*shape):
+            return torch.randn(count, *shape, generator=generator, device=device)
 
         def uniform():
             return torch.rand(count, generator=generator, device=device)
 
-        x0 = (posterior.mean + posterior.std * normal()) * self.scale
-        dropped = (uniform() < self.caption_dropout)[rank::world]
-        place = ((torch.arange(count, device=device) + uniform()) / count)[rank::world]
+        latents = posterior.mean + posterior.std * normal(c, h, w)[part::parts]
+        dropped = (uniform() < self.caption_dropout)[part::parts]
+        place = ((torch.arange(count, device=device) + uniform()) / count)[part::parts]
         last = self.scheduler.num_train_timesteps - 1
         t = (place * (last + 1)).long().clamp(max=last)  # place can round up to 1
-        return x0, normal(), t, dropped
+        noise = normal(c, h, w)[part::parts]
+        if self.offset_noise:
+            noise = noise + self.offset_noise * normal(c, 1, 1)[part::parts]
+        return latents * self.scale, noise, t, dropped
 
-    def __call__(self, unet, batch, generator: torch.Generator):
-        """The loss of a batch (moments, states), and numbers for the log."""
-        moments, states = (part.to(generator.device).float() for part in batch)
-        x0, noise, t, dropped = self.draw(moments, generator)
-        context = torch.where(dropped[:, None, None], self.empty, states)
+
+class DiffusionLoss(Corruption):
+    """Noise a latent, ask the UNet what was added, compare (Ho et al., 2020).
+
+    `scale` is the VAE's scaling factor and `empty` (n, d) the states of the empty
+    caption, which replace a share `caption_dropout` of the captions.
+    """
+
+    def __init__(
+        self, scheduler, scale, empty, caption_dropout=0.0, snr_gamma=0.0,
+        snr_power=1.0, offset_noise=0.0,
+    ):  # fmt: skip
+        super().__init__(scheduler, scale, caption_dropout, offset_noise)
+        weights = min_snr_weights(scheduler, snr_gamma, snr_power)
+        self.empty, self.weights = empty, weights.to(empty.device)
+
+    def errors(self, unet, x0, noise, t, context) -> Float[Tensor, "b"]:
+        """Mean squared error of the UNet's answer, for each latent."""
         x = self.scheduler.add_noise(x0, noise, t)
         answer = unet(x.contiguous(memory_format=torch.channels_last), t, context)
         target = self.scheduler.target(x0, noise, t)
-        error = (answer - target).square().mean((1, 2, 3))
+        return (answer - target).square().mean((1, 2, 3))
+
+    def __call__(self, unet, batch, generator: torch.Generator, share=(0, 1)):
+        """The loss of a batch (moments, states), and numbers for the log."""
+        moments, states = (part.to(generator.device).float() for part in batch)
+        x0, noise, t, dropped = self.draw(moments, generator, share)
+        context = torch.where(dropped[:, None, None], self.empty, states)
+        error = self.errors(unet, x0, noise, t, context)
         third = self.scheduler.num_train_timesteps // 3
         numbers = {
             "error": error.mean(),
@@ -325,14 +532,22 @@ def mean_where(chosen: Tensor, values: Tensor) -> Tensor:
     return torch.where(chosen, values, 0.0).sum() / chosen.sum()
 
 
-def learning_rate_at(step: int, config: RunConfig) -> float:
-    """The factor on the learning rate: a line up, then half a cosine down to 0."""
+def learning_rate_at(step: int, config: StepSettings) -> float:
+    """The factor on the learning rate: a line up, then what `lr_scheduler` says.
+
+    Counts optimiser steps, however many processes or parts make one.
+    """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(
         1, config.max_steps - config.warmup_steps
     )
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    progress = min(1.0, progress)
+    return {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+    }[config.lr_scheduler]
 
 
 class EMA:
@@ -355,41 +570,134 @@ class EMA:
         )
 
 
-def save_checkpoint(path, module, ema, optimiser, step) -> None:
-    """Write weights, average, optimiser state and step; whole or not at all."""
-    state = {
-        "step": step,
-        "model": module.state_dict(),
-        "ema": ema.shadow.state_dict() if ema else None,
-        "optimiser": optimiser.state_dict(),
-    }
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+def save_checkpoint(folder: Path, step: int, parts: dict, keep: int = 1) -> Path:
+    """Write the state of all `parts` as step-….pt, whole or not at all.
+
+    Older ones beyond `keep` are removed afterwards. Raises OSError, naming the last
+    whole one, when it cannot be written.
+    """
+    state = {name: part.state_dict() for name, part in parts.items()}
+    path = Path(folder) / f"step-{step:08d}.pt"
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            torch.save(state | {"step": step}, file)
+            file.flush()
+            os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
+
+    try:
+        write_atomically(path, write)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer raises the second
+        last = max(path.parent.glob("step-*.pt"), default=None)
+        raise OSError(
+            f"{path} could not be written ({error}); make room, and the same command "
+            f"goes on from {last or 'zero'}"
+        ) from error
+    for old in sorted(path.parent.glob("step-*.pt"))[:-keep]:
+        old.unlink()
+    return path
 
 
-def load_checkpoint(path, module, ema, optimiser) -> int:
-    """Restore what `save_checkpoint` wrote; returns the step to go on with.
+def load_checkpoint(path: Path, parts: dict) -> int:
+    """Give all `parts` their state back; returns the step to go on with.
 
     Raises ValueError for a file that is torn, or of another model.
     """
+    state = read_checkpoint(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model, step = state["model"], state["step"]
-    except Exception as error:  # each way of being torn raises another one
-        raise ValueError(
-            f"{path} is no checkpoint that can be read ({type(error).__name__}); "
-            "it may be cut off: copy it again, or remove it to start from zero"
-        ) from error
-    try:
-        module.load_state_dict(model)
+        parts["model"].load_state_dict(state["model"])
     except RuntimeError as error:
+        raise other_model(path, str(error).splitlines()[1].strip()) from None
+    # An average or a scaler begun only now has no state there.
+    state = {"ema": state["model"], **state}
+    for name, part in parts.items():
+        if name != "model" and name in state:
+            part.load_state_dict(state[name])
+    return state["step"]
+
+
+def is_whole(path: Path) -> bool:
+    """Does every piece of a checkpoint fit its check sum?"""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except Exception:  # each way of being torn raises another one
+        return False
+
+
+def read_checkpoint(path: Path, mapped: bool = False) -> dict:
+    """What a checkpoint holds, or a view of the file; ValueError for a torn one."""
+    if not is_whole(path):
         raise ValueError(
-            f"{path} is of another model ({str(error).splitlines()[1].strip()}); "
-            "choose another output_dir, or set resume to false and remove it"
-        ) from None
-    if ema:
-        ema.shadow.load_state_dict(state["ema"] or model)
-    optimiser.load_state_dict(state["optimiser"])
-    return step
+            f"{path} is no checkpoint that can be read, it may be cut off; copy it "
+            "again, or set resume to another one, or to none to start from zero"
+        )
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def other_model(path: Path, why: str) -> ValueError:
+    """The error for a checkpoint that does not fit the settings."""
+    return ValueError(
+        f"{path} is of another model ({why}); set the sizes (unet_channels, "
+        "layers_per_block and so on) as they were, or choose another output_dir, or "
+        "set resume to none to start from zero"
+    )
+
+
+def find_checkpoint(config: OutputSettings) -> Path | None:
+    """The checkpoint that `resume` means; None to start from zero.
+
+    Of a folder it is the newest whole one, with a warning for each torn one. Raises
+    ValueError if all are torn, FileNotFoundError for a path without any.
+    """
+    if config.resume == "none":
+        return None
+    run = Path(config.output_dir if config.resume == "auto" else config.resume)
+    if run.is_file():
+        return run
+    found = sorted(run.glob("checkpoints/step-*.pt"), reverse=True)
+    for path in found:
+        if is_whole(path):
+            return path
+        warnings.warn(f"{path} is torn; trying the one before it", stacklevel=2)
+    if found:
+        raise ValueError(
+            f"no checkpoint in {found[0].parent} is whole; copy them again, or set "
+            "resume to none to start from zero"
+        )
+    if config.resume != "auto":
+        raise FileNotFoundError(
+            f"resume: there is no checkpoint at {run}; give a file step-….pt, the "
+            "output_dir of a run, auto or none"
+        )
+    return None
+
+
+def check_fits(path: Path | None, model: nn.Module) -> None:
+    """Raise ValueError if a checkpoint is of a model with other weights than this.
+
+    Reads no weights, so the model may live on the meta device.
+    """
+    if path is None:
+        return
+    theirs = read_checkpoint(path, mapped=True)["model"]
+    ours = model.state_dict()
+    for name in [*ours, *theirs]:
+        there, here = (
+            tuple(state[name].shape) if name in state else "missing"
+            for state in (theirs, ours)
+        )
+        if there != here:
+            raise other_model(path, f"{name} is {there} there and {here} here")
+
+
+def set_aside(folder: Path, first: int) -> None:
+    """Move checkpoints of steps after `first`, made again or torn, to folder-old."""
+    for path in sorted(folder.glob("step-*.pt")):
+        if path.stem > f"step-{first:08d}":
+            old = folder.with_name(folder.name + "-old")
+            old.mkdir(exist_ok=True)
+            path.replace(old / path.name)
 
 
 def step_of(line: str) -> int:
@@ -401,56 +709,19 @@ def step_of(line: str) -> int:
 
 
 class Log:
-    """Means of what was measured in the last steps, as lines of a JSON file.
+    """Lines of a JSON file; only the process that `writes` touches it."""
 
-    `first` is the step that the run starts with; lines after it are removed. Only
-    the process that `writes` touches the file.
-    """
-
-    def __init__(self, path: Path, first: int, writes: bool = True):
-        self.path, self.writes, self.in_a_row = path, writes, 0
-        self.start_again()
-        if writes:
-            self.cut(first)
+    def __init__(self, path: Path, writes: bool = True):
+        self.path, self.writes = path, writes
 
     def cut(self, first: int) -> None:
-        """Remove the lines of steps that will be made again."""
-        path = self.path
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if -1 < step_of(line) <= first]
-        text = "".join(line + "\n" for line in kept)
-        write_atomically(path, lambda file: file.write_text(text))
-
-    def start_again(self) -> None:
-        self.sums, self.count, self.skipped = {}, 0, 0
-        self.started = time.perf_counter()
-
-    def add(self, numbers: dict) -> None:
-        """Count one step; nothing waits for the device here."""
-        self.in_a_row = 0
-        for name, value in numbers.items():
-            value = torch.as_tensor(value).detach()
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += 1
-
-    def means(self) -> dict[str, int | float]:
-        """The means since the last call (without what is no number), and seconds."""
-        means = {name: float(total) / self.count for name, total in self.sums.items()}
-        means = {name: mean for name, mean in means.items() if math.isfinite(mean)}
-        means |= {"skipped": self.skipped} if self.skipped else {}
-        means["seconds"] = round(time.perf_counter() - self.started, 2)
-        self.start_again()
-        return means
-
-    def skip(self, step: int) -> None:
-        """Count a step that was left out; ValueError after ten in a row."""
-        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        if self.in_a_row == 10:
-            raise ValueError(
-                f"the gradient was no number in ten steps running, the last of them "
-                f"step {step}; lower the learning_rate, look for broken pictures, and "
-                f"go on from the last checkpoint in {self.path.parent}"
-            )
+        """Remove the lines of steps after `first`, which will be made again."""
+        if self.writes:
+            path = self.path
+            lines = path.read_text().splitlines() if path.exists() else []
+            kept = [line for line in lines if -1 < step_of(line) <= first]
+            text = "".join(line + "\n" for line in kept)
+            write_atomically(path, lambda file: file.write_text(text))
 
     def write(self, line: dict) -> None:
         """Append one line."""
@@ -459,27 +730,255 @@ class Log:
                 file.write(json.dumps(line) + "\n")
 
 
-def make_accelerator(mixed_precision: str):
+TEN_BAD_STEPS = (
+    "the loss or its gradient was no number in ten steps running, the last of them "
+    "step {step}; try a lower learning_rate, more warmup_steps, mixed_precision bf16 "
+    "or no in place of fp16, and look for broken pictures. The last checkpoint is "
+    "whole: the same command goes on from there"
+)
+
+
+class Meter:
+    """Means of what was measured in the last steps, and a count of failed ones."""
+
+    def __init__(self):
+        self.in_a_row, self.loss = 0, math.nan
+        self.start_again()
+
+    def start_again(self) -> None:
+        self.sums, self.counts, self.skipped, self.steps = {}, {}, 0, 0
+        self.started = time.perf_counter()
+
+    def state_dict(self) -> dict:
+        """The sums of the line that is not finished."""
+        names = ("sums", "counts", "skipped", "in_a_row")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+    def add(self, numbers: dict[str, float]) -> None:
+        """Count one step; what is no number is left out."""
+        self.in_a_row, self.steps = 0, self.steps + 1
+        self.loss = numbers.get("loss", math.nan)
+        for name, value in numbers.items():
+            if math.isfinite(value):
+                self.sums[name] = self.sums.get(name, 0.0) + float(value)
+                self.counts[name] = self.counts.get(name, 0) + 1
+
+    def skip(self, step: int) -> None:
+        """Count a step that was left out; ValueError after ten in a row."""
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        if self.in_a_row == 10:
+            raise ValueError(TEN_BAD_STEPS.format(step=step))
+
+    def means(self, pictures: int) -> dict[str, int | float]:
+        """The means since the last call, and how fast steps of `pictures` went."""
+        means = {name: total / self.counts[name] for name, total in self.sums.items()}
+        means |= {"skipped": self.skipped} if self.skipped else {}
+        seconds = time.perf_counter() - self.started
+        means["seconds"] = round(seconds, 2)
+        means["pictures_per_second"] = round(self.steps * pictures / seconds, 2)
+        self.start_again()
+        return means
+
+
+def recompute_blocks(module: nn.Module) -> None:
+    """Keep no values inside residual and transformer blocks for the backward pass."""
+    for block in module.modules():
+        if isinstance(block, (ResBlock, SpatialTransformer)):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def keep_all(module: nn.Module) -> None:
+    """Undo `recompute_blocks`."""
+    for block in module.modules():
+        vars(block).pop("forward", None)
+
+
+def make_accelerator(config: RunConfig):
     """Accelerate's view of this process: device, precision, rank among others."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # an earlier run may have had another precision
     threads = torch.get_num_threads()
-    accelerator = Accelerator(mixed_precision=mixed_precision)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.log_with == "none" else config.log_with,
+        project_dir=config.output_dir,
+    )
     torch.set_num_threads(threads)  # accelerate lowers them on some CPUs
     return accelerator
 
 
-def descend(accelerator, module, optimiser, loss: Tensor, max_norm: float):
-    """One step down the gradient; returns its length, and whether it was a number."""
-    accelerator.backward(loss)
-    norm = accelerator.clip_grad_norm_(module.parameters(), max_norm)
-    finite = bool(norm.isfinite())
-    if finite or accelerator.scaler:  # fp16's scaler leaves bad steps out itself
-        optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-    return norm, finite
+def pictures_per_step(config: PictureSettings, processes: int) -> int:
+    """How many pictures one optimiser step sees, over all processes."""
+    return config.batch_size * config.gradient_accumulation_steps * processes
+
+
+def count_steps(config: RunConfig, size: int, processes: int) -> RunConfig:
+    """The config with `max_steps` that make `num_train_epochs` of `size` pictures."""
+    if config.num_train_epochs is None:
+        return config
+    shown = config.num_train_epochs * size
+    steps = math.ceil(shown / pictures_per_step(config, processes))
+    return replace(config, max_steps=steps, num_train_epochs=None)
+
+
+def is_main_process() -> bool:
+    """Is this the process that writes files? With one process, it is."""
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
+class Run:
+    """What one training moves, `module` and its average; and what it writes.
+
+    `config` is the one that was given, with its epochs counted in steps; `first` is
+    the step that it starts with.
+    """
+
+    def __init__(self, config: RunConfig, module: nn.Module, size: int):
+        self.accelerator = accelerator = make_accelerator(config)
+        self.world, self.rank = accelerator.num_processes, accelerator.process_index
+        self.config = config = count_steps(config, size, self.world)
+        self.pictures = pictures_per_step(config, self.world)
+        self.device, self.main = accelerator.device, accelerator.is_main_process
+        self.output = Path(config.output_dir)
+        self.checkpoints = self.output / "checkpoints"
+        self.module = module.to(self.device, memory_format=torch.channels_last)
+        self.ema = EMA(module, config.ema_decay) if config.ema_decay else None
+        self.model = self.ema.shadow if self.ema else module
+        optimiser = torch.optim.AdamW(
+            module.parameters(), lr=config.learning_rate,
+            weight_decay=config.weight_decay, fused=True,
+        )  # fmt: skip
+        self.meter = Meter()
+        self.log = Log(self.output / "log.jsonl", self.main)
+        if getattr(config, "gradient_checkpointing", False):
+            recompute_blocks(module)
+        compiled = torch.compile(module) if config.compile else module
+        self.wrapped, self.optimiser = accelerator.prepare(compiled, optimiser)
+        self.parts = {"model": module, "optimiser": optimiser, "meter": self.meter}
+        self.parts |= {"ema": self.model} if self.ema else {}
+        self.parts |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
+        self.first = find_start(self)
+        open_tracker(self)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint of what is so after `step` steps."""
+        if self.main:
+            keep = self.config.keep_checkpoints
+            save_checkpoint(self.checkpoints, step, self.parts, keep)
+
+
+def find_start(run: Run) -> int:
+    """Take back what the last checkpoint says; the step to go on with."""
+    with run.accelerator.main_process_first():
+        for left in run.checkpoints.glob(".*.tmp") if run.main else ():
+            left.unlink()  # by a run that was killed while it wrote
+        path = find_checkpoint(run.config)
+        first = load_checkpoint(path, run.parts) if path else 0
+        run.log.cut(first)
+        if run.main:
+            set_aside(run.checkpoints, first)
+    return first
+
+
+def open_tracker(run: Run) -> None:
+    """TensorBoard or wandb, which go on where the log does."""
+    name = {"wandb": "sdbook"}.get(run.config.log_with, "tensorboard")
+    later = {"tensorboard": {"purge_step": run.first}}
+    run.accelerator.init_trackers(name, init_kwargs=later)
+
+
+def finish(run: Run) -> nn.Module:
+    """Undo what training put around the module; the (averaged) weights."""
+    run.accelerator.unwrap_model(run.wrapped, keep_fp32_wrapper=False)
+    keep_all(run.module)
+    run.accelerator.end_training()
+    return run.model
+
+
+def take_step(run: Run, step: int, loss_of: Callable, batches) -> None:
+    """Move the weights once, by the mean gradient of `batches`.
+
+    A step whose loss or gradient is no number moves nothing and is counted.
+    """
+    config, measured = run.config, []
+    parts = config.gradient_accumulation_steps
+    for group in run.optimiser.param_groups:
+        group["lr"] = config.learning_rate * learning_rate_at(step, config)
+    for part, batch in enumerate(batches):
+        share = (part * run.world + run.rank, parts * run.world)
+        generator = step_generator(config.seed, step, device=run.device)
+        alone = run.accelerator.no_sync(run.wrapped) if part < parts - 1 else None
+        with alone or nullcontext():
+            with run.accelerator.autocast():
+                loss, numbers = loss_of(run.wrapped, batch, generator, share)
+            run.accelerator.backward(loss / parts)
+        measured.append({"loss": loss, **numbers})
+    weights = run.wrapped.parameters()
+    norm = run.accelerator.clip_grad_norm_(weights, config.max_grad_norm)
+    means = mean_of_all(run, measured) | {"grad_norm": float(norm)}
+    finite = math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])
+    if finite or run.accelerator.scaler:  # fp16's scaler leaves bad steps out itself
+        run.optimiser.step()
+    run.optimiser.zero_grad(set_to_none=True)
+    if not finite:
+        run.meter.skip(step)
+        return
+    run.meter.add(means)
+    if run.ema:
+        run.ema.update(run.module, step)
+
+
+def mean_of_all(run: Run, measured: list[dict[str, Tensor]]) -> dict[str, float]:
+    """The mean of each number over the parts of a step and over the processes.
+
+    Of all but the loss, what is no number is left out.
+    """
+    names = list(measured[0])
+    rows = [[torch.as_tensor(m[n]).detach().float() for n in names] for m in measured]
+    table = torch.stack([torch.stack(row) for row in rows]).to(run.device)
+    table = run.accelerator.gather(table).double()
+    means = dict(zip(names, table.nanmean(0).tolist(), strict=True))
+    return means | {"loss": table[:, 0].mean().item()}
+
+
+class StopNote:
+    """While open, Ctrl-C and SIGTERM only set `.written`; the second one interrupts."""
+
+    def __enter__(self):
+        self.written, self.before = False, {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self.write)
+        return self
+
+    def write(self, number, frame) -> None:
+        if self.written:
+            raise KeyboardInterrupt
+        self.written = True
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def is_written(self, run: Run) -> bool:
+        """Has any of the processes such a note?"""
+        if run.world == 1:
+            return self.written
+        note = torch.tensor([float(self.written)], device=run.device)
+        return bool(run.accelerator.reduce(note, "sum") > 0)
+
+
+def leave_signals_to_main(worker: int) -> None:
+    """A process that prepares data ends when the main one tells it to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def optimise(
@@ -489,96 +988,185 @@ def optimise(
     loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
     validate: Callable[[nn.Module], dict[str, float]] | None = None,
     collate: Callable | None = None,
+    sample: Callable[[nn.Module], Image.Image] | None = None,
 ) -> nn.Module:
     """Train `module` for `config.max_steps` and return its (averaged) weights.
 
-    `loss_of(module, batch, generator)` gives the loss and numbers to log. Every
-    random choice in it comes from the generator, which is the same in all processes.
-    `validate(module)` is asked at each checkpoint. A line of numbers (the main
-    process's) goes to `output_dir/log.jsonl` every `log_every` steps;
-    `output_dir/checkpoint.pt` holds all that resuming needs.
+    `loss_of(module, batch, generator, share)` gives the loss and numbers to log. All
+    chance in it comes from the generator, which is the same for all shares of a step:
+    `share` is (part, parts), and this batch has the rows part, part + parts, … of it.
+    `validate(module)` gives numbers every `validate_every` steps, `sample(module)` a
+    picture every `sample_every`; both get the averaged weights. Numbers go to
+    `output_dir/log.jsonl`, checkpoints to `output_dir/checkpoints`. Ctrl-C writes one
+    and raises KeyboardInterrupt.
     """
-    accelerator = make_accelerator(config.mixed_precision)
-    device, output = accelerator.device, Path(config.output_dir)
-    checkpoint = output / "checkpoint.pt"
-    module.to(device, memory_format=torch.channels_last)
-    ema = EMA(module, config.ema_decay) if config.ema_decay else None
-    optimiser = torch.optim.AdamW(
-        module.parameters(), lr=config.learning_rate,
-        weight_decay=config.weight_decay, fused=True,
-    )  # fmt: skip
-    first, main = 0, accelerator.is_main_process
-    if config.resume and checkpoint.exists():
-        first = load_checkpoint(checkpoint, module, ema, optimiser)
-    log = Log(output / "log.jsonl", first, main)
-    wrapped = torch.compile(module) if config.compile else module
-    wrapped, optimiser = accelerator.prepare(wrapped, optimiser)
-    loader = step_loader(config, dataset, first, accelerator, collate)
-    bar = tqdm(loader, initial=first, total=config.max_steps, disable=not main)
-    for step, batch in enumerate(bar, start=first):
-        set_learning_rate(optimiser, config, step)
-        generator = step_generator(config.seed, step, device=device)
-        with accelerator.autocast():
-            loss, numbers = loss_of(wrapped, batch, generator)
-        norm, finite = descend(
-            accelerator, wrapped, optimiser, loss, config.max_grad_norm
-        )
-        if not finite:
-            log.skip(step)
-        else:
-            log.add({"loss": loss, "grad_norm": norm, **numbers})
-            if ema:
-                ema.update(module, step)
-        if main:
-            report(config, log, step, validate, ema.shadow if ema else module)
-        if main and is_due(step + 1, config.checkpoint_every, config):
-            save_checkpoint(checkpoint, module, ema, optimiser, step + 1)
-    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    accelerator.end_training()
-    return ema.shadow if ema else module
+    run = Run(config, module, len(dataset))
+    with StopNote() as note:
+        batches = iter(step_loader(run, dataset, collate))
+        for step in progress(run):
+            parts = islice(batches, config.gradient_accumulation_steps)
+            take_step(run, step, loss_of, parts)
+            report(run, step + 1, validate, sample)
+            stop = note.is_written(run)
+            if stop or is_due(step + 1, config.checkpoint_every, run.config):
+                run.save(step + 1)
+            if stop:
+                raise KeyboardInterrupt(
+                    f"after step {step + 1}; the same command goes on from there"
+                )
+    return finish(run)
 
 
 def is_due(done: int, every: int, config: RunConfig) -> bool:
     """Is it time, after `done` steps, for what comes every so often and at the end?"""
-    return done % every == 0 or done == config.max_steps
+    return every > 0 and (done % every == 0 or done == config.max_steps)
 
 
-def set_learning_rate(optimiser, config: RunConfig, step: int) -> None:
-    """Give every weight the learning rate of this step."""
-    for group in optimiser.param_groups:
-        group["lr"] = config.learning_rate * learning_rate_at(step, config)
-
-
-def report(config: RunConfig, log: Log, step: int, validate, model) -> None:
-    """Write what is due after a step; mostly nothing."""
-    done, line = step + 1, {}
+def report(run: Run, done: int, validate=None, sample=None) -> None:
+    """Write what is due after `done` steps; mostly nothing."""
+    config, line = run.config, {}
+    if not run.main:
+        return
     if is_due(done, config.log_every, config):
-        line = log.means()
-    if validate and is_due(done, config.checkpoint_every, config):
-        line |= validate(model)
+        line = run.meter.means(run.pictures)
+    if validate and is_due(done, config.validate_every, config):
+        line |= validate(run.model)
     if line:
-        lr = config.learning_rate * learning_rate_at(step, config)
-        log.write({"step": done, "lr": lr, **line})
+        lr = config.learning_rate * learning_rate_at(done - 1, config)
+        line = {"lr": lr, **line}
+        run.log.write({"step": done, **line})
+        run.accelerator.log(line, step=done)
+    if sample and is_due(done, config.sample_every, config):
+        path = run.output / "samples" / f"step-{done:08d}.png"
+        picture = sample(run.model)
+        write_atomically(path, lambda file: picture.save(file, "PNG"))
+        for tracker in run.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            pixels = np.asarray(picture.convert("RGB"))[None]
+            tracker.log_images({"samples": pixels}, step=done, **layout)
 
 
-def step_loader(config, dataset, first, accelerator, collate=None) -> DataLoader:
-    """This process's batches, from step `first` to the last."""
+def progress(run: Run) -> Iterator[int]:
+    """The steps to make, with a bar: loss, learning rate, speed and time left."""
+    config, started = run.config, time.perf_counter()
+    bar = tqdm(
+        range(run.first, config.max_steps), initial=run.first,
+        total=config.max_steps, disable=not run.main,
+    )  # fmt: skip
+    for made, step in enumerate(bar, start=1):
+        yield step
+        bar.set_postfix(
+            loss=f"{run.meter.loss:.4g}",
+            lr=f"{config.learning_rate * learning_rate_at(step, config):.2g}",
+            pictures=f"{made * run.pictures / (time.perf_counter() - started):.3g}/s",
+            refresh=False,
+        )
+
+
+def step_loader(run: Run, dataset: Dataset, collate=None) -> DataLoader:
+    """This process's batches, from the first step to the last."""
+    config = run.config
+    if isinstance(dataset, CaptionedShards):
+        parts = config.gradient_accumulation_steps
+        batches = ShardSteps(
+            dataset, config.batch_size, config.seed, run.first * parts,
+            config.max_steps * parts, run.rank, run.world,
+        )  # fmt: skip
+        return DataLoader(
+            batches, batch_size=None, collate_fn=collate or default_collate,
+            num_workers=config.num_workers, worker_init_fn=leave_signals_to_main,
+        )  # fmt: skip
     sampler = StepSampler(
-        len(dataset), config.batch_size, config.seed, first, config.max_steps,
-        accelerator.process_index, accelerator.num_processes,
+        len(dataset), run.pictures, config.seed, run.first, config.max_steps,
+        run.rank, run.world, config.gradient_accumulation_steps,
     )  # fmt: skip
     return DataLoader(
         dataset, batch_sampler=sampler, collate_fn=collate,
         num_workers=config.num_workers,
+        worker_init_fn=leave_signals_to_main,
         persistent_workers=config.num_workers > 0,
     )  # fmt: skip
 
 
-def is_main_process() -> bool:
-    """Is this the process that writes files? With one process, it is."""
+def kept_bytes(model: nn.Module, *inputs: Tensor) -> int:
+    """Bytes that a forward pass keeps for the backward pass, besides the weights.
+
+    Model and inputs are on the meta device: nothing is computed.
+    """
+    weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
+    kept = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = model(*inputs)  # alive, so that no storage's number is used twice
+    del result
+    return sum(kept.values())
+
+
+def memory_needed(config: RunConfig, model: nn.Module, *inputs: Tensor) -> dict:
+    """An estimate in bytes: what is kept all the time, and what one batch adds.
+
+    `model` and the `inputs` for one batch are on the meta device.
+    """
+    weights = sum(weight.numel() * 4 for weight in model.parameters())
+    copies = 4 + bool(config.ema_decay)  # weights, gradients, two means of AdamW's
+    batch = kept_bytes(model, *inputs)
+    if getattr(config, "gradient_checkpointing", False):
+        batch = batch // 4  # what enters the blocks, and the inside of the largest
+    half = config.mixed_precision != "no"
+    return {"weights": copies * weights, "batch": batch // 2 if half else batch}
+
+
+def readable(size: int) -> str:
+    """A number of bytes as people say it."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def describe_plan(
+    config: RunConfig, dataset: Dataset, model: nn.Module, memory: dict,
+    shown: int | None = None, held: int = 0,
+) -> str:  # fmt: skip
+    """What a run is going to do, as text.
+
+    It trains on `shown` of the pictures (all), and `held` are only validated on.
+    """
     from accelerate import PartialState
 
-    return PartialState().is_main_process
+    world = PartialState().num_processes
+    shown = len(dataset) if shown is None else shown
+    config = count_steps(config, shown, world)
+    pictures = pictures_per_step(config, world)
+    rejected = len(getattr(dataset, "problems", ()))
+    path = find_checkpoint(config)
+    count = sum(weight.numel() for weight in model.parameters())
+    epochs = config.max_steps * pictures / shown
+    lines = {
+        "data": f"{config.dataset_path}: {shown:,} pictures to train on, {held:,} "
+        f"held out, {rejected:,} rejected, {config.image_size} pixels a side",
+        "model": f"{count:,} parameters",
+        "steps": f"{config.max_steps:,} of {pictures:,} pictures ({epochs:.1f} epochs)",
+        "batch": f"{config.batch_size} at once × {config.gradient_accumulation_steps} "
+        f"added up × {world} processes = {pictures}",
+        "memory": f"about {readable(sum(memory.values()))} for each process: "
+        f"{readable(memory['weights'])} for weights, gradients, optimiser and average, "
+        f"{readable(memory['batch'])} for a batch",
+        "output": f"{config.output_dir}: checkpoints/ (one in "
+        f"{config.checkpoint_every:,} steps, {config.keep_checkpoints} kept), "
+        "log.jsonl, the finished model",
+        "start": f"goes on from {path}" if path else "from step 0",
+    }
+    return "\n".join(f"{name:8}{text}" for name, text in lines.items())
+
+
+def say_plan(config: RunConfig, *facts, **more) -> None:
+    """Print the plan, once."""
+    if is_main_process():
+        print(describe_plan(config, *facts, **more), flush=True)
 
 
 @dataclass(frozen=True)
@@ -589,7 +1177,15 @@ class VAETrainingConfig(RunConfig):
         block_out_channels: width of each level; one halving between two levels.
         layers_per_block: residual blocks per level of the encoder.
         norm_num_groups: groups of every GroupNorm.
+        l1_weight: of the absolute error.
+        l2_weight: of the squared error.
         kl_weight: of the divergence from the standard normal, per pixel number.
+        perceptual_weight: of the difference that a frozen network sees; 0 for none.
+        perceptual_path: that network: a run of train-clip, or a file with the weights
+            of torchvision's vgg16.
+        critic_weight: of pleasing a critic that learns to tell pictures from rebuilt
+            ones; 0 for no critic.
+        critic_start: steps before the critic begins.
     """
 
     output_dir: str = "runs/vae"
@@ -600,21 +1196,183 @@ class VAETrainingConfig(RunConfig):
     block_out_channels: tuple[int, ...] = (32, 64, 64)
     layers_per_block: int = 1
     norm_num_groups: int = 8
+    l1_weight: float = 0.1
+    l2_weight: float = 1.0
     kl_weight: float = 3e-4
+    perceptual_weight: float = 0.0
+    perceptual_path: str | None = None
+    critic_weight: float = 0.0
+    critic_start: int = 1000
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_vae_choices(self)
 
 
-def vae_loss(vae: nn.Module, batch, generator: torch.Generator, kl_weight: float):
-    """Mean squared error, a little absolute error, and the weighted divergence.
+def check_vae_choices(config) -> None:
+    """Raise ValueError for settings of the VAE's training that cannot be meant."""
+    widths = config.block_out_channels
+    check_multiple(
+        "block_out_channels", widths, "norm_num_groups", config.norm_num_groups
+    )
+    check_side(config.image_size, 2 ** (len(widths) - 1))
+    if not config.l1_weight and not config.l2_weight:
+        raise ValueError("l1_weight and l2_weight are both 0; give one of them more")
+    path = config.perceptual_path
+    if config.perceptual_weight and (path is None or not Path(path).exists()):
+        raise ValueError(
+            f"perceptual_weight is {config.perceptual_weight}, but there is no network "
+            f"at perceptual_path {path}; give the output_dir of train-clip, or a file "
+            "with the weights of torchvision's vgg16, or set perceptual_weight to 0"
+        )
+    if config.critic_weight and config.compile:
+        raise ValueError(
+            "critic_weight needs gradients inside the step, which compile cannot do; "
+            "set compile to false"
+        )
 
-    Squares care most for large errors, the things' colours; absolute values alone
-    would first polish the background, which is most of a picture.
+
+VGG_MEAN, VGG_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def stages_of_vgg(path: Path) -> list[nn.Module]:
+    """The five stages of torchvision's VGG16, for pixels in [-1, 1]."""
+    from torchvision.models import vgg16
+    from torchvision.transforms import Normalize
+
+    network = vgg16(weights=None)
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    mean, std = ([2 * m - 1 for m in VGG_MEAN], [2 * s for s in VGG_STD])
+    cuts = (0, 4, 9, 16, 23, 30)
+    stages = [network.features[start:end] for start, end in zip(cuts, cuts[1:])]
+    stages[0] = nn.Sequential(Normalize(mean, std), *stages[0])
+    return stages
+
+
+def stages_of_tower(folder: Path) -> list[nn.Module]:
+    """The stages of the picture tower that train-clip left in a folder."""
+    state = read_weights(folder / "image_encoder" / "model.safetensors")
+    width = state["stem.2.weight"].shape[0]
+    tower = ImageTower(8, width)
+    stem = {key: value for key, value in state.items() if key.startswith("stem.")}
+    tower.load_state_dict(stem, strict=False)
+    return [tower.stem[0], *(nn.Sequential(QuickGELU(), c) for c in tower.stem[1:])]
+
+
+class QuickGELU(nn.Module):
+    """CLIP's activation, as a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return quick_gelu(x)
+
+
+class PerceptualDistance(nn.Module):
+    """How different two batches of pictures look to a frozen network.
+
+    The mean squared difference of features of length 1, over places and stages
+    (Zhang et al., 2018, without their learned weights). Pixels are in [-1, 1].
     """
-    pixels = batch[0].to(generator.device, memory_format=torch.channels_last)
-    rebuilt, posterior = vae(pixels, generator)
-    error = rebuilt - pixels
-    absolute, squared = error.abs().mean(), error.square().mean()
-    kl = posterior.kl().mean() / pixels[0].numel()
-    return squared + 0.1 * absolute + kl_weight * kl, {"kl": kl, "squared": squared}
+
+    def __init__(self, path: str | Path):
+        super().__init__()
+        path = Path(path)
+        stages = stages_of_vgg(path) if path.is_file() else stages_of_tower(path)
+        self.stages = nn.ModuleList(stages).eval().requires_grad_(False)
+
+    def forward(self, one: Tensor, two: Tensor) -> Float[Tensor, ""]:
+        distances = []
+        for stage in self.stages:
+            one, two = stage(one), stage(two)
+            unit = (F.normalize(x, dim=1, eps=1e-6) for x in (one, two))
+            distances.append((next(unit) - next(unit)).square().sum(1).mean())
+        return sum(distances) / len(distances)
+
+
+class PatchCritic(nn.Sequential):
+    """Says of each patch of a picture how real it looks (Isola et al., 2017).
+
+    Pixels (b, 3, h, w) to scores (b, 1, h / 4, w / 4); high is real.
+    """
+
+    def __init__(self, width: int = 32):
+        def layer(before, after, stride):
+            conv = nn.Conv2d(before, after, 4 if stride == 2 else 3, stride, padding=1)
+            return conv, nn.GroupNorm(8, after), nn.LeakyReLU(0.2)
+
+        super().__init__(
+            nn.Conv2d(3, width, 4, 2, padding=1),
+            nn.LeakyReLU(0.2),
+            *layer(width, 2 * width, 2),
+            *layer(2 * width, 4 * width, 1),
+            nn.Conv2d(4 * width, 1, 3, padding=1),
+        )
+
+
+def balance(error: Tensor, reward: Tensor, weight: Tensor) -> Tensor:
+    """The factor that makes the reward's gradient as long as the error's.
+
+    At one weight, a layer's; Esser et al. (2021), equation 7.
+    """
+    lengths = [
+        torch.autograd.grad(value, weight, retain_graph=True)[0].norm()
+        for value in (error, reward)
+    ]
+    return (lengths[0] / (lengths[1] + 1e-4)).clamp(0, 1e4).detach()
+
+
+def latent_noise(config: VAEConfig, pixels: Tensor, generator, share=(0, 1)) -> Tensor:
+    """Noise for the latents of a share of a step's pictures."""
+    part, parts = share
+    sides = (side // config.downscale for side in pixels.shape[-2:])
+    shape = (len(pixels) * parts, config.latent_channels, *sides)
+    noise = torch.randn(shape, generator=generator, device=generator.device)
+    return noise[part::parts]
+
+
+class VAEGame(nn.Module):
+    """A VAE in training, with the critic that it has to please, if it has one.
+
+    Pictures and noise for their latents give the loss and numbers for the log.
+    """
+
+    def __init__(self, config: VAETrainingConfig, vae: AutoencoderKL):
+        super().__init__()
+        self.config, self.vae = config, vae
+        self.critic = PatchCritic() if config.critic_weight else None
+        eyes = config.perceptual_weight and PerceptualDistance(config.perceptual_path)
+        self.frozen = [eyes]  # in a list: no part of what is trained and saved
+        self.register_buffer("batches", torch.tensor(0))
+
+    def forward(self, pixels: Tensor, noise: Tensor):
+        config = self.config
+        posterior = self.vae.encode(pixels)
+        rebuilt = self.vae.decode(posterior.mean + posterior.std * noise)
+        error = rebuilt - pixels
+        absolute, squared = error.abs().mean(), error.square().mean()
+        kl = posterior.kl().mean() / pixels[0].numel()
+        numbers = {"kl": kl, "squared": squared}
+        loss = config.l1_weight * absolute + config.l2_weight * squared
+        if config.perceptual_weight:
+            numbers["perceptual"] = self.frozen[0].to(pixels.device)(rebuilt, pixels)
+            loss = loss + config.perceptual_weight * numbers["perceptual"]
+        if self.critic:
+            played, scores = self.play(pixels, rebuilt, loss)
+            loss, numbers = loss + played, numbers | scores
+        return loss + config.kl_weight * kl, numbers
+
+    def play(self, pixels: Tensor, rebuilt: Tensor, error: Tensor):
+        """What the critic adds to the loss, for both players."""
+        critic, config = self.critic, self.config
+        self.batches += 1
+        if self.batches <= config.critic_start * config.gradient_accumulation_steps:
+            return sum(0.0 * weight.sum() for weight in critic.parameters()), {}
+        still = {name: weight.detach() for name, weight in critic.named_parameters()}
+        fooled = -torch.func.functional_call(critic, still, (rebuilt,)).mean()
+        factor = balance(error, fooled, self.vae.decoder.conv_out.weight)
+        real, made = critic(torch.cat([pixels, rebuilt.detach()])).chunk(2)
+        told = (F.relu(1 - real).mean() + F.relu(1 + made).mean()) / 2
+        numbers = {"fooled": -fooled, "critic": told, "critic_factor": factor}
+        return config.critic_weight * factor * fooled + told, numbers
 
 
 @torch.no_grad()
@@ -664,18 +1422,14 @@ def open_dataset(config: RunConfig, split: str = "train") -> Dataset:
         )
     shards = config.dataset_path.endswith(".tar")
     reader = CaptionedShards if shards else CaptionedImages
-    return reader(config.dataset_path, config.image_size)
+    return reader(
+        config.dataset_path, config.image_size, config.flip, config.on_error,
+        config.crops, config.seed,
+    )  # fmt: skip
 
 
-def train_vae(config: VAETrainingConfig) -> AutoencoderKL:
-    """Train a VAE, measure its latent scale, and save it in diffusers' layout.
-
-    Writes `output_dir/vae`.
-    """
-    torch.manual_seed(config.seed)
-    dataset, held = open_dataset(config), open_dataset(config, "validation")
-    crowds = isinstance(dataset, Scenes)
-    shown = Crowds(config.image_size, config.seed, len(dataset)) if crowds else dataset
+def new_vae(config: VAETrainingConfig) -> AutoencoderKL:
+    """A VAE with random weights that begins certain."""
     vae = AutoencoderKL(
         VAEConfig(
             block_out_channels=tuple(config.block_out_channels),
@@ -685,15 +1439,56 @@ def train_vae(config: VAETrainingConfig) -> AutoencoderKL:
         )
     )
     start_certain(vae)
+    return vae
 
-    def loss_of(module, batch, generator):
-        return vae_loss(module, batch, generator, config.kl_weight)
+
+def rebuilt_sheet(dataset: Dataset, count: int = 8):
+    """A function that shows pictures above what a VAE in training makes of them."""
+    pixels = torch.stack([dataset[i][0] for i in range(min(count, len(dataset)))])
+
+    @torch.no_grad()
+    def draw_sheet(game: VAEGame) -> Image.Image:
+        device = next(game.parameters()).device
+        rebuilt = game.vae.decode(game.vae.encode(pixels.to(device)).mode()).cpu()
+        sheet = make_grid(torch.cat([pixels, rebuilt]).clamp(-1, 1), len(pixels))
+        return to_pictures(sheet[None], "pil")[0]
+
+    return draw_sheet
+
+
+def train_vae(config: VAETrainingConfig) -> AutoencoderKL | None:
+    """Train a VAE, measure its latent scale, and save it in diffusers' layout.
+
+    Says the plan first; with `dry_run` that is all. Writes `output_dir/vae`.
+    """
+    make_accelerator(config)
+    torch.manual_seed(config.seed)
+    dataset, held = open_dataset(config), open_dataset(config, "validation")
+    if isinstance(dataset, CaptionedShards):
+        held = list(islice(held, 256))  # a stream has no numbers
+    crowds = isinstance(dataset, Scenes)
+    shown = Crowds(config.image_size, config.seed, len(dataset)) if crowds else dataset
+    vae = new_vae(config)
+    side = config.image_size
+    pixels = torch.empty(config.batch_size, 3, side, side, device="meta")
+    empty = copy.deepcopy(vae).to("meta")
+    say_plan(config, shown, empty, memory_needed(config, empty, pixels))
+    if config.dry_run:
+        return None
+
+    def loss_of(module, batch, generator, share):
+        pixels = batch[0].to(generator.device, memory_format=torch.channels_last)
+        noise = latent_noise(vae.config, pixels, generator, share)
+        return module(pixels, noise)
 
     def validate(module):
-        return {"psnr": reconstruction_psnr(module, held)}
+        return {"psnr": reconstruction_psnr(module.vae, held)}
 
-    vae = optimise(config, vae, shown, loss_of, validate).eval()
-    scale = round(1 / latent_spread(vae, dataset), 5)
+    game, sample = VAEGame(config, vae), rebuilt_sheet(held)
+    game = optimise(config, game, shown, loss_of, validate, sample=sample)
+    vae = game.vae.eval()
+    some = held if isinstance(dataset, CaptionedShards) else dataset
+    scale = round(1 / latent_spread(vae, some), 5)
     vae.config = replace(vae.config, scaling_factor=scale)
     if is_main_process():
         vae.save_pretrained(Path(config.output_dir) / "vae")
@@ -868,12 +1663,14 @@ def start_apart(clip: CLIP) -> None:
     nn.init.constant_(clip.logit_scale, math.log(4))
 
 
-def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel:
+def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel | None:
     """Train text and picture towers to agree; save text model and tokenizer.
 
-    Writes `output_dir/text_encoder` and `output_dir/tokenizer`. With several
-    processes, each compares the pictures of its own share of a batch.
+    Says the plan first; with `dry_run` that is all. Writes `text_encoder`,
+    `tokenizer` and `image_encoder` (for `PerceptualDistance`) to `output_dir`. With
+    several processes, or parts of a batch, each compares its own pictures alone.
     """
+    make_accelerator(config)
     torch.manual_seed(config.seed)
     dataset = open_dataset(config)
     twins = config.twins and isinstance(dataset, Scenes)
@@ -882,8 +1679,15 @@ def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel:
     text_encoder = new_text_encoder(config, tokenizer)
     clip = CLIP(text_encoder, config.image_size, projection_dim=config.hidden_size)
     start_apart(clip)
+    count = config.batch_size * (2 if twins else 1)
+    ids = torch.zeros(count, config.max_length, dtype=torch.int64, device="meta")
+    pixels = torch.empty(count, 3, config.image_size, config.image_size, device="meta")
+    empty = copy.deepcopy(clip).to("meta")
+    say_plan(config, dataset, empty, memory_needed(config, empty, ids, pixels))
+    if config.dry_run:
+        return None
 
-    def loss_of(module, batch, generator):
+    def loss_of(module, batch, generator, share):
         pixels, ids = (part.to(generator.device) for part in batch)
         same = (ids[:, None] == ids[None]).all(-1)
         logits = module(ids, pixels)
@@ -895,6 +1699,8 @@ def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel:
     if is_main_process():
         clip.text_encoder.save_pretrained(Path(config.output_dir) / "text_encoder")
         tokenizer.save_pretrained(Path(config.output_dir) / "tokenizer")
+        tower = Path(config.output_dir) / "image_encoder" / "model.safetensors"
+        save_weights(clip.image_encoder.state_dict(), tower)
     return clip.text_encoder
 
 
@@ -1050,6 +1856,50 @@ class MissingInShards(IterableDataset):
                     yield key, self.dataset.read(name, data, look)
 
 
+class Encoded(Dataset):
+    """A dataset after its frozen parts: latents' moments and text states, in files.
+
+    `moments` (rows, 2c, h, w) and `texts` (m, tokens, d), both float16, are mapped
+    from `folder`, which several trainings may share; `rows` and `which` are the rows of
+    each item. Text 0 is "". What is missing is computed first (`fill_cache`); pictures
+    that cannot be read are left out, with a warning. Indexed with a list, it gives
+    `(moments, text states)` of the whole batch at once. `sample` (m, tokens, d) are
+    the states of `some_captions` (or of the first 1000 items').
+    """
+
+    def __init__(
+        self, dataset, vae, text_encoder, tokenizer, folder, num_workers=0,
+        some_captions=(),
+    ):  # fmt: skip
+        *self.tables, items = fill_cache(
+            Path(folder), dataset, vae, text_encoder, tokenizer, num_workers,
+            some_captions,
+        )  # fmt: skip
+        self.rows, self.which = find_rows(*self.tables, items).T
+        self.moments, self.texts = (table.open() for table in self.tables)
+        some = list(some_captions) or [text for _, text in items[:1000]]
+        number = self.tables[1].numbers()
+        self.sample = self.texts[[number[short_name(text)] for text in some]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        moments = torch.from_numpy(self.moments[self.rows[indices]])
+        return moments, torch.from_numpy(self.texts[self.which[indices]])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        moments, states = self.__getitems__([index])
+        return moments[0], states[0]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "moments": None, "texts": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = state
+        self.moments, self.texts = (table.open() for table in self.tables)
+
+
 BATCH_PIXELS = 2**19  # fits into any memory: 128 pictures of 64 × 64, 2 of 512 × 512
 
 
@@ -1118,64 +1968,27 @@ def fill_cache(
 
 
 def find_rows(moments: Rows, texts: Rows, items: list[tuple[str, str]]) -> np.ndarray:
-    """The rows (n, 2) of each item's moments and text, without unreadable pictures."""
+    """The rows (n, 2) of each item's moments and text.
+
+    For a picture that cannot be read the next one stands in, with its caption.
+    """
     row, number = moments.numbers(), texts.numbers()
-    good = [(row[key], number[short_name(text)]) for key, text in items if key in row]
+    good = [i for i, (key, _) in enumerate(items) if key in row]
     if not good:
         raise ValueError(f"none of {len(items)} pictures can be read; mend the files")
     if len(good) < len(items):
-        left_out = f"{len(items) - len(good)} of {len(items)} pictures left out"
-        warnings.warn(f"{left_out}: they cannot be read", stacklevel=2)
-    return np.array(good)
+        count = f"{len(items) - len(good)} of {len(items)} pictures"
+        warnings.warn(f"{count} cannot be read; others stand in", stacklevel=2)
+    places = np.searchsorted(good, np.arange(len(items))) % len(good)
+    stand_ins = (items[good[place]] for place in places)
+    return np.array([(row[key], number[short_name(text)]) for key, text in stand_ins])
 
 
-class Encoded(Dataset):
-    """A dataset after its frozen parts: latents' moments and text states, in files.
-
-    `moments` (rows, 2c, h, w) and `texts` (m, tokens, d), both float16, are mapped
-    from `folder`, which several trainings may share; `rows` and `which` are the rows of
-    each item. Text 0 is "". What is missing is computed first (`fill_cache`); pictures
-    that cannot be read are left out, with a warning. Indexed with a list, it gives
-    `(moments, text states)` of the whole batch at once. `sample` (m, tokens, d) are
-    the states of `some_captions` (or of the first 1000 items').
-    """
-
-    def __init__(
-        self, dataset, vae, text_encoder, tokenizer, folder, num_workers=0,
-        some_captions=(),
-    ):  # fmt: skip
-        *self.tables, items = fill_cache(
-            Path(folder), dataset, vae, text_encoder, tokenizer, num_workers,
-            some_captions,
-        )  # fmt: skip
-        self.rows, self.which = find_rows(*self.tables, items).T
-        self.moments, self.texts = (table.open() for table in self.tables)
-        some = list(some_captions) or [text for _, text in items[:1000]]
-        number = self.tables[1].numbers()
-        self.sample = self.texts[[number[short_name(text)] for text in some]]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        moments = torch.from_numpy(self.moments[self.rows[indices]])
-        return moments, torch.from_numpy(self.texts[self.which[indices]])
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        moments, states = self.__getitems__([index])
-        return moments[0], states[0]
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "moments": None, "texts": None}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__ = state
-        self.moments, self.texts = (table.open() for table in self.tables)
-
-
-def encode_dataset(config: RunConfig, accelerator, vae, text_encoder, tokenizer):
+def encode_dataset(
+    config: RunConfig, dataset, accelerator, vae, text_encoder, tokenizer
+):
     """The pictures and captions of a run after the frozen parts."""
-    dataset, some = open_dataset(config), ()
+    some = ()
     if isinstance(dataset, Scenes):
         some = captions_of(open_dataset(replace(config, kinds=(), num_pictures=1000)))
     vae.to(accelerator.device, memory_format=torch.channels_last)
@@ -1187,72 +2000,151 @@ def encode_dataset(config: RunConfig, accelerator, vae, text_encoder, tokenizer)
 
 
 @dataclass(frozen=True)
-class TrainingConfig(RunConfig):
-    """Train the UNet from zero on frozen latents and texts: `sdbook train`.
+class UNetShape:
+    """How large a UNet is; what is not said comes from the preset, or `pretrained`.
 
     Attributes:
-        vae_path: folder with a trained vae/ (what train-vae wrote).
-        text_encoder_path: folder with text_encoder/ and tokenizer/ (train-clip's).
-        pretrained: a pipeline (what train wrote) whose UNet to go on from.
+        unet_preset: "tiny", "small", "base" or "sd15", Stable Diffusion 1.5's; small
+            for a UNet from zero.
+        unet_dim: width of the first level; the preset's others keep their proportion.
         unet_channels: width of each level.
         layers_per_block: residual blocks per level on the way down.
         attention_levels: levels that attend to the text, counted from 0 at the top.
         num_heads: attention heads.
         norm_num_groups: groups of every GroupNorm.
+    """
+
+    unet_preset: str | None = None
+    unet_dim: int | None = None
+    unet_channels: tuple[int, ...] | None = None
+    layers_per_block: int | None = None
+    attention_levels: tuple[int, ...] | None = None
+    num_heads: int | None = None
+    norm_num_groups: int | None = None
+
+
+UNET_SIZES = (
+    "unet_channels", "layers_per_block", "attention_levels", "num_heads",
+    "norm_num_groups",
+)  # fmt: skip
+PRESETS = {
+    "tiny": ((32, 64), 1, (1,), 2, 8),
+    "small": ((64, 128, 192), 1, (1, 2), 4, 16),
+    "base": ((128, 256, 384, 512), 2, (1, 2, 3), 8, 32),
+    "sd15": ((320, 640, 1280, 1280), 2, (0, 1, 2), 8, 32),
+}
+
+
+def asked_sizes(config: UNetShape, preset: str | None = None) -> dict:
+    """The sizes that a config names, itself or by its preset (or by this one)."""
+    values = PRESETS.get(config.unet_preset or preset, ())
+    sizes = dict(zip(UNET_SIZES, values))
+    if config.unet_dim and sizes:
+        widths = sizes["unet_channels"]
+        sizes["unet_channels"] = tuple(w * config.unet_dim // widths[0] for w in widths)
+    own = {name: getattr(config, name) for name in UNET_SIZES}
+    own = {name: size for name, size in own.items() if size is not None}
+    return sizes | {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}
+
+
+@dataclass(frozen=True)
+class NoiseSettings:
+    """What the UNet is asked, and how much an answer counts.
+
+    Attributes:
         beta_schedule: "scaled_linear", "linear" or "cosine".
         diffusion_steps: timesteps of the noise schedule.
         prediction_type: "epsilon", "v_prediction" or "sample".
+        rescale_betas_zero_snr: let the schedule end in pure noise (Lin et al., 2024).
         caption_dropout: share of captions replaced by "" (for guidance).
         snr_gamma: min-SNR weighting (Hang et al., 2023); 0 for none.
         snr_power: on these weights; below 1, noisy timesteps (the layout) count more.
+        offset_noise: noise that is the same all over a channel; 0.05 to 0.1, or 0.
+    """
+
+    beta_schedule: str = "scaled_linear"
+    diffusion_steps: int = 1000
+    prediction_type: str = "epsilon"
+    rescale_betas_zero_snr: bool = False
+    caption_dropout: float = 0.1
+    snr_gamma: float = 5.0
+    snr_power: float = 1.0
+    offset_noise: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainingConfig(RunConfig, NoiseSettings, UNetShape):
+    """Train a UNet on frozen latents and texts: `sdbook train`.
+
+    Attributes:
+        pretrained: a model to go on from: a folder, a hub id or one file.
+        vae_weights_path: folder (or file) of a VAE, or of a run of train-vae; by
+            default that of `pretrained`, or runs/vae.
+        text_encoder_path: folder with text_encoder/ and tokenizer/ (train-clip's); by
+            default those of `pretrained`, or of runs/clip.
+        gradient_checkpointing: compute the insides of blocks twice to save memory.
+        num_validation: pictures to validate on, not trained on (a tenth at most).
+        sample_prompts: what to draw every sample_every steps; by default captions of
+            held-out pictures.
     """
 
     output_dir: str = "runs/unet"
     max_steps: int = 10_000
     checkpoint_every: int = 1000
-    vae_path: str = "runs/vae"
-    text_encoder_path: str = "runs/clip"
     pretrained: str | None = None
-    unet_channels: tuple[int, ...] = (64, 128, 192)
-    layers_per_block: int = 1
-    attention_levels: tuple[int, ...] = (1, 2)
-    num_heads: int = 4
-    norm_num_groups: int = 16
-    beta_schedule: str = "scaled_linear"
-    diffusion_steps: int = 1000
-    prediction_type: str = "epsilon"
-    caption_dropout: float = 0.1
-    snr_gamma: float = 5.0
-    snr_power: float = 1.0
+    vae_weights_path: str | None = None
+    text_encoder_path: str | None = None
+    gradient_checkpointing: bool = False
+    num_validation: int = 64
+    sample_prompts: tuple[str, ...] = ()
 
     def __post_init__(self):
         super().__post_init__()
-        check_unet_choices(self)
+        check_noise(self)
+        check_shape(self)
 
 
-def check_unet_choices(config) -> None:
-    """Raise ValueError for settings of the UNet's training that cannot be meant."""
+def check_noise(config) -> None:
+    """Raise ValueError for settings of the noise that cannot be meant."""
     make_noise_schedule(config)  # refuses unknown schedules and prediction types
     if not 0 <= config.caption_dropout <= 1:
         raise ValueError(
             f"caption_dropout is {config.caption_dropout}; give a share from 0 to 1"
         )
-    if config.snr_gamma < 0:
-        raise ValueError(f"snr_gamma is {config.snr_gamma}; give 0 (none) or more")
     if not 0 <= config.snr_power <= 1:
         raise ValueError(f"snr_power is {config.snr_power}; give a number from 0 to 1")
-    levels = len(config.unet_channels)
-    if any(not 0 <= level < levels for level in config.attention_levels):
+    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
         raise ValueError(
-            f"attention_levels {config.attention_levels}, but unet_channels has "
-            f"{levels} levels; give numbers from 0 to {levels - 1}"
+            "rescale_betas_zero_snr makes the last timestep pure noise, from which "
+            "prediction_type 'epsilon' says nothing about the picture; set "
+            "prediction_type to v_prediction, or rescale_betas_zero_snr to false"
         )
-    for name in ("norm_num_groups", "num_heads"):
-        if any(width % getattr(config, name) for width in config.unet_channels):
+
+
+def check_shape(config) -> None:
+    """Raise ValueError for a UNet that cannot be built."""
+    if config.unet_preset not in (None, *PRESETS):
+        raise ValueError(
+            f"unet_preset {config.unet_preset!r} is none of {', '.join(PRESETS)}"
+        )
+    if config.unet_dim and config.unet_channels:
+        raise ValueError(
+            f"unet_dim is {config.unet_dim} and unet_channels {config.unet_channels}; "
+            "give one of them"
+        )
+    sizes = asked_sizes(config, None if config.pretrained else "small")
+    widths = sizes.get("unet_channels")
+    if widths is None:
+        return
+    for level in sizes.get("attention_levels", ()):
+        if not 0 <= level < len(widths):
             raise ValueError(
-                f"unet_channels {config.unet_channels} do not split into {name} "
-                f"{getattr(config, name)}; make every width a multiple of it"
+                f"attention_levels {sizes['attention_levels']}, but unet_channels has "
+                f"{len(widths)} levels; give numbers from 0 to {len(widths) - 1}"
             )
+    for name in ("norm_num_groups", "num_heads"):
+        if name in sizes:
+            check_multiple("unet_channels", widths, name, sizes[name])
 
 
 def make_noise_schedule(config) -> DDIMScheduler:
@@ -1263,51 +2155,109 @@ def make_noise_schedule(config) -> DDIMScheduler:
         beta_start=0.00085,
         beta_end=0.012,
         prediction_type=config.prediction_type,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
     )
 
 
-def unet_config(config: TrainingConfig, vae, text_encoder) -> UNetConfig:
-    """The UNet that fits the VAE's latents and the text model's width."""
-    attends = [
-        level in config.attention_levels for level in range(len(config.unet_channels))
-    ]
-    down = ("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends)
-    up = ("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends))
-    return UNetConfig(
-        sample_size=config.image_size // vae.config.downscale,
-        in_channels=vae.config.latent_channels,
-        out_channels=vae.config.latent_channels,
-        down_block_types=tuple(down),
-        up_block_types=tuple(up),
-        block_out_channels=tuple(config.unet_channels),
-        layers_per_block=config.layers_per_block,
-        attention_head_dim=config.num_heads,
-        cross_attention_dim=text_encoder.config.hidden_size,
-        norm_num_groups=config.norm_num_groups,
-    )
+FROZEN = {
+    "vae": ("vae_weights_path", "runs/vae", "train-vae"),
+    "text_encoder": ("text_encoder_path", "runs/clip", "train-clip"),
+    "tokenizer": ("text_encoder_path", "runs/clip", "train-clip"),
+}
+
+
+def source_of(config: TrainingConfig, part: str) -> Path:
+    """Where a part comes from: its own path, `pretrained`, or a training's output.
+
+    Raises FileNotFoundError that says which command makes it.
+    """
+    key, usual, command = FROZEN.get(part, (None, None, None))
+    own = getattr(config, key) if key else None
+    if config.pretrained and own is None:
+        path = find_model(config.pretrained)
+    else:
+        path = Path(own or usual)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"there is no {path}; run `sdbook {command} --output_dir {path}` "
+                f"first, or set {key}"
+            )
+    return path / part if (path / part).is_dir() else path
 
 
 def open_frozen(config: TrainingConfig):
-    """The trained VAE, text model and tokenizer; FileNotFoundError says what to run."""
-    vae, texts = Path(config.vae_path), Path(config.text_encoder_path)
-    needed = {
-        "vae_path": (vae / "vae", "train-vae"),
-        "text_encoder_path": (texts / "text_encoder", "train-clip"),
-    }
-    for name, (path, command) in needed.items():
-        if not path.is_dir():
-            raise FileNotFoundError(
-                f"there is no folder {path}; run `sdbook {command} --output_dir "
-                f"{path.parent}` first, or set {name}"
-            )
-    return (
-        AutoencoderKL.from_pretrained(vae / "vae").eval(),
-        CLIPTextModel.from_pretrained(texts / "text_encoder").eval(),
-        Tokenizer.from_pretrained(texts / "tokenizer"),
+    """The trained VAE, text model and tokenizer."""
+    words = source_of(config, "tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(source_of(config, "text_encoder"))
+    tokenizer = Tokenizer.from_pretrained(
+        find_tokenizer(None if words.is_file() else words)
     )
+    check_tokenizer(tokenizer, text_encoder.config)
+    vae = AutoencoderKL.from_pretrained(source_of(config, "vae"))
+    return vae.eval(), text_encoder.eval(), tokenizer
+
+
+def unet_from_zero(config: TrainingConfig) -> UNetConfig:
+    """The sizes of a new UNet, but for what the VAE and the text model decide."""
+    sizes = asked_sizes(config, "small")
+    levels = range(len(sizes["unet_channels"]))
+    attends = [level in sizes["attention_levels"] for level in levels]
+    down = ("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends)
+    up = ("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends))
+    return UNetConfig(
+        down_block_types=tuple(down),
+        up_block_types=tuple(up),
+        block_out_channels=sizes["unet_channels"],
+        layers_per_block=sizes["layers_per_block"],
+        attention_head_dim=sizes["num_heads"],
+        norm_num_groups=sizes["norm_num_groups"],
+    )
+
+
+def check_asked_sizes(config: TrainingConfig, unet: UNetConfig) -> None:
+    """Raise ValueError where the settings ask for other sizes than `pretrained` has."""
+    blocks = enumerate(unet.down_block_types)
+    attends = tuple(level for level, name in blocks if name.startswith("Cross"))
+    has = dict(zip(UNET_SIZES, (
+        unet.block_out_channels, unet.layers_per_block, attends,
+        unet.attention_head_dim, unet.norm_num_groups,
+    )))  # fmt: skip
+    for name, size in asked_sizes(config).items():
+        if size != has[name]:
+            raise ValueError(
+                f"{name} is {size}, but the UNet of {config.pretrained} has "
+                f"{has[name]}; leave the sizes out, they are taken from there"
+            )
+
+
+def find_sizes(config: TrainingConfig) -> UNetConfig:
+    """The UNet's sizes, from the settings and the parts' config files alone.
+
+    Raises ValueError for a picture size or parts that do not fit together.
+    """
+    vae = AutoencoderKL.find_config(source_of(config, "vae"))
+    text = CLIPTextModel.find_config(source_of(config, "text_encoder"))
+    fitting = {"cross_attention_dim": text.hidden_size}
+    fitting |= {"in_channels": vae.latent_channels, "out_channels": vae.latent_channels}
+    if config.pretrained is None:
+        unet = replace(unet_from_zero(config), **fitting)
+    else:
+        unet = UNet.find_config(source_of(config, "unet"))
+        check_asked_sizes(config, unet)
+    for name, size in fitting.items():
+        if getattr(unet, name) != size:
+            key = "text_encoder_path" if "cross" in name else "vae_weights_path"
+            raise ValueError(
+                f"{key}: the UNet of {config.pretrained} has {name} "
+                f"{getattr(unet, name)}, but this part gives {size}; leave {key} out "
+                "to take the part that it was trained with"
+            )
+    halvings = 2 ** (len(unet.block_out_channels) - 1)
+    check_side(config.image_size, vae.downscale * halvings, "the VAE with this UNet")
+    return replace(unet, sample_size=config.image_size // vae.downscale)
 
 
 def whitening(
@@ -1338,22 +2288,36 @@ def start_white(unet: UNet, states: Float[Tensor, "m n d"]) -> UNet:
     return unet
 
 
-def new_unet(config: TrainingConfig, vae, text_encoder, states: Tensor) -> UNet:
+def new_unet(config: TrainingConfig, sizes: UNetConfig, states: Tensor) -> UNet:
     """A UNet that starts from zero, or from the one in `pretrained`.
 
     From zero, it starts as the identity, and white for the text states (m, n, d).
     """
-    sizes = unet_config(config, vae, text_encoder)
     if config.pretrained is None:
         return start_white(start_as_identity(UNet(sizes)), states)
-    unet = UNet.from_pretrained(Path(config.pretrained) / "unet")
-    if unet.config != sizes:
-        raise ValueError(
-            f"the UNet in {config.pretrained} has other sizes than this run:\n"
-            f"  {unet.config}\n  {sizes}\nset unet_channels, layers_per_block, "
-            "attention_levels, num_heads and norm_num_groups as they were"
-        )
+    unet = UNet.from_pretrained(source_of(config, "unet"))
+    unet.config = sizes  # the same, but for the size of the pictures
     return unet
+
+
+def check_schedule(config: TrainingConfig) -> None:
+    """Warn where the noise is not the one that `pretrained` was trained with."""
+    folder = find_model(config.pretrained) / "scheduler" if config.pretrained else None
+    if folder is None or not folder.is_dir():
+        return
+    theirs, ours = load_scheduler(folder).config, make_noise_schedule(config).config
+    for key, name in (
+        ("prediction_type", "prediction_type"), ("beta_schedule", "beta_schedule"),
+        ("diffusion_steps", "num_train_timesteps"),
+        ("rescale_betas_zero_snr", "rescale_betas_zero_snr"),
+    ):  # fmt: skip
+        was, is_ = (getattr(one, name, None) for one in (theirs, ours))
+        if was != is_:
+            warnings.warn(
+                f"{key} is {is_}, but {config.pretrained} was trained with {was}; "
+                f"unless you mean to change it, set {key} to {was}",
+                stacklevel=2,
+            )
 
 
 def as_it_is(batch):
@@ -1361,29 +2325,113 @@ def as_it_is(batch):
     return batch
 
 
-def train(config: TrainingConfig) -> StableDiffusion:
+def hold_out(config: TrainingConfig, dataset: Dataset) -> tuple[list[int], Dataset]:
+    """Numbers of the pictures to train on, and the pictures to validate on."""
+    if isinstance(dataset, Scenes):
+        count = min(config.num_validation, len(dataset))
+        held = Subset(open_dataset(config, "validation"), range(count))
+        return list(range(len(dataset))), held
+    if isinstance(dataset, CaptionedShards):
+        return list(range(len(dataset))), Subset(dataset, [])
+    count = min(config.num_validation, len(dataset) // 10)
+    order = np.random.default_rng(0).permutation(len(dataset)).tolist()
+    return sorted(order[count:]), Subset(dataset, order[:count])
+
+
+class Validation:
+    """The UNet's error on held-out pictures, with the same noise each time.
+
+    Called with a UNet, it gives numbers for the log: the mean, and that of each band
+    of timesteps, a quarter of them by default.
+    """
+
+    def __init__(self, loss, held: Dataset, vae, text_encoder, tokenizer, bands=4):
+        self.loss, self.device = loss, next(vae.parameters()).device
+        last = loss.scheduler.num_train_timesteps
+        self.edges = [last * band // bands for band in range(bands + 1)]
+        self.batches = []
+        for start in range(0, len(held), 8):
+            items = (held[i] for i in range(start, min(start + 8, len(held))))
+            pixels, captions = zip(*items, strict=True)
+            with torch.no_grad():
+                x0 = vae.encode(torch.stack(pixels).to(self.device)).mean * loss.scale
+                context = text_encoder(tokenizer(list(captions)).to(self.device))
+            self.batches.append((x0, context))
+
+    @torch.no_grad()
+    def __call__(self, unet) -> dict[str, float]:
+        means = {}
+        for low, high in zip(self.edges, self.edges[1:]):
+            generator = step_generator(0, low, device=self.device)
+            errors = []
+            for x0, context in self.batches:
+                place = (torch.arange(len(x0), device=self.device) + 0.5) / len(x0)
+                t = (low + place * (high - low)).long()
+                noise = torch.randn(x0.shape, generator=generator, device=self.device)
+                errors.append(self.loss.errors(unet, x0, noise, t, context))
+            means[f"val_error_{low}_{high - 1}"] = torch.cat(errors).mean().item()
+        return {"val_error": sum(means.values()) / len(means), **means}
+
+
+def sheet_of(config: TrainingConfig, dataset, vae, text_encoder, tokenizer, scheduler):
+    """A function that draws the sample prompts with a UNet, always from one noise."""
+    pictures = islice(iter(dataset), min(4, len(dataset)))
+    prompts = list(config.sample_prompts or (caption for _, caption in pictures))
+
+    def draw_sheet(unet):
+        from .evaluation import labelled_grid
+
+        pipe = StableDiffusion(vae, text_encoder, tokenizer, unet, scheduler)
+        images = pipe(prompts, seed=config.seed, progress=False).images
+        return labelled_grid(images, prompts)
+
+    return draw_sheet
+
+
+def unet_memory(config: TrainingConfig, unet: UNet) -> dict:
+    """What training this (empty) UNet needs: see `memory_needed`."""
+    b, side = config.batch_size, unet.config.sample_size
+    with torch.device("meta"):
+        latents = torch.empty(b, unet.config.in_channels, side, side)
+        context = torch.empty(b, 77, unet.config.cross_attention_dim)
+        return memory_needed(config, unet, latents, torch.zeros(b), context)
+
+
+def train(config: TrainingConfig) -> StableDiffusion | None:
     """Train a UNet on a frozen VAE and text model, and save the whole pipeline.
 
-    The pictures and captions go through the frozen parts once, before the loop.
-    Writes `output_dir/pipeline`.
+    Says the plan first; with `dry_run` that is all. The pictures and captions go
+    through the frozen parts once, before the loop. Writes the model to `output_dir`,
+    which diffusers and `StableDiffusion.from_pretrained` open.
     """
-    accelerator = make_accelerator(config.mixed_precision)
-    vae, text_encoder, tokenizer = open_frozen(config)
-    encoded = encode_dataset(config, accelerator, vae, text_encoder, tokenizer)
+    accelerator = make_accelerator(config)
+    sizes = find_sizes(config)
+    check_schedule(config)
+    empty_unet = build_empty(UNet, sizes)
+    check_fits(find_checkpoint(config), empty_unet)
+    dataset = open_dataset(config)
+    shown, held = hold_out(config, dataset)
+    memory = unet_memory(config, empty_unet)
+    say_plan(config, dataset, empty_unet, memory, shown=len(shown), held=len(held))
+    if config.dry_run:
+        return None
+
+    frozen = vae, text_encoder, tokenizer = open_frozen(config)
+    encoded = encode_dataset(config, dataset, accelerator, *frozen)
     torch.manual_seed(config.seed)  # here: filling the cache may have drawn numbers
-    unet = new_unet(config, vae, text_encoder, torch.tensor(encoded.sample))
+    unet = new_unet(config, sizes, torch.tensor(encoded.sample))
     scheduler = make_noise_schedule(config)
+    empty = torch.tensor(encoded.texts[0]).float().to(accelerator.device)
     loss = DiffusionLoss(
-        scheduler,
-        vae.config.scaling_factor,
-        torch.tensor(encoded.texts[0]).float().to(accelerator.device),
-        config.caption_dropout,
-        config.snr_gamma,
-        config.snr_power,
-        (accelerator.process_index, accelerator.num_processes),
-    )
-    unet = optimise(config, unet, encoded, loss, collate=as_it_is)
-    pipe = StableDiffusion(vae, text_encoder, tokenizer, unet.eval(), scheduler)
+        scheduler, vae.config.scaling_factor, empty, config.caption_dropout,
+        config.snr_gamma, config.snr_power, config.offset_noise,
+    )  # fmt: skip
+    unet = optimise(
+        config, unet, Subset(encoded, shown), loss, collate=as_it_is,
+        validate=Validation(loss, held, *frozen) if len(held) else None,
+        sample=sheet_of(config, held if len(held) else dataset, *frozen, scheduler),
+    )  # fmt: skip
+    pipe = StableDiffusion(*frozen, unet.eval(), scheduler)
     if is_main_process():
-        pipe.save_pretrained(Path(config.output_dir) / "pipeline")
+        pipe.save_pretrained(config.output_dir)
     return pipe

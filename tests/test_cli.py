@@ -319,6 +319,10 @@ def test_a_config_that_is_not_there_or_not_yaml(tmp_path, capsys):
         ("scenes-unet-gpu", "train", TrainingConfig),
         ("scenes-again-cpu", "train", TrainingConfig),
         ("folder", "train", TrainingConfig),
+        ("cpu-minutes", "train", TrainingConfig),
+        ("one-gpu", "train", TrainingConfig),
+        ("several-gpus", "train", TrainingConfig),
+        ("continue-sd15", "train", TrainingConfig),
     ],
 )
 def test_shipped_configs_parse(name, command, config_class, capsys):
@@ -326,6 +330,31 @@ def test_shipped_configs_parse(name, command, config_class, capsys):
     assert set(config) == {field.name for field in fields(config_class)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     assert config_class(**values).output_dir == config["output_dir"]
+
+
+def test_a_plan_of_a_shipped_config(tmp_path, capsys, monkeypatch):
+    """The last part of the shipped model's training, and no step of it."""
+    monkeypatch.chdir(CONFIGS.parent.parent)
+    capsys.readouterr()
+    config = CONFIGS / "scenes-again-cpu.yaml"
+    flags = ["--dry_run", "--output_dir", str(tmp_path / "run")]
+    main(["train", "--config", str(config), *flags])
+    said = capsys.readouterr().out
+    assert "scenes: 80,000 pictures to train on, 64 held out, 0 rejected" in said
+    assert "18,000 of 32 pictures" in said and str(tmp_path / "run") in said
+    assert "wrote" not in said and not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_in_a_training(capsys, monkeypatch):
+    def stop(config):
+        raise KeyboardInterrupt("after step 3; the same command goes on from there")
+
+    monkeypatch.setattr("sdbook.training.train_vae", stop)
+    with pytest.raises(SystemExit) as exit_:
+        main(["train-vae"])
+    assert exit_.value.code == 130
+    said = capsys.readouterr().err
+    assert "stopped after step 3; the same command goes on" in said
 
 
 def test_every_shipped_config_is_tested():
@@ -493,7 +522,7 @@ def test_a_checkpoint_of_other_shapes(copy, capsys):
 
 
 def test_training_without_its_frozen_parts(capsys, tmp_path):
-    said = refused(capsys, ["train", "--vae_path", tmp_path / "nothing"])
+    said = refused(capsys, ["train", "--vae_weights_path", tmp_path / "nothing"])
     assert "nothing" in said
     said = refused(capsys, ["train-vae", "--dataset_path", tmp_path / "nothing"])
     assert "nothing" in said

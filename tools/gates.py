@@ -2,7 +2,7 @@
 
     python tools/gates.py                                gates 1 and 2, shipped model
     sdbook train --config sdbook/configs/scenes-overfit-cpu.yaml
-    python tools/gates.py runs/overfit/pipeline --gate 3
+    python tools/gates.py runs/overfit --gate 3
 
 Gate 1: the judge reads real renders, and tells a scene from its near twin. Gate 2: it
 reads what the VAE makes of the renders. Gate 3: a UNet that was trained on nothing but

@@ -1,6 +1,6 @@
 """Let a trained UNet read another text model, without training it anew.
 
-    python tools/refit_text.py runs/unet/pipeline runs/clip runs/refit
+    python tools/refit_text.py runs/unet runs/clip runs/refit
 
 The maps that read the text (`to_k`, `to_v`) are multiplied by the matrix that best
 turns the new model's states into the old one's, by least squares over the tokens of

@@ -45,7 +45,10 @@ def train(
     """The trainings, in order; returns the folder of the finished pipeline."""
     wide = ["--mixed_precision", "bf16"] if gpu else []
     kind = "gpu" if gpu else "cpu"
-    frozen = [f"--vae_path={runs / 'vae'}", f"--text_encoder_path={runs / 'clip'}"]
+    frozen = [
+        f"--vae_weights_path={runs / 'vae'}",
+        f"--text_encoder_path={runs / 'clip'}",
+    ]
 
     def run(command: str, name: str, config: str, *flags: str) -> None:
         file, output = configs / f"scenes-{config}.yaml", runs / name
@@ -56,14 +59,14 @@ def train(
     run("train-vae", "vae", "vae", *wide)
     run("train-clip", "clip", "clip", *wide)
     run("train", "singles", f"singles-{kind}", *frozen)
-    frozen.append(f"--pretrained={runs / 'singles' / 'pipeline'}")
+    frozen.append(f"--pretrained={runs / 'singles'}")
     if overfit:
         count = f"--num_pictures={overfit}"
         run("train", "overfit", f"overfit-{kind}", *frozen, count)
-        learned = str(runs / "overfit" / "pipeline")
+        learned = str(runs / "overfit")
         check("--gate", "3", "--count", str(overfit), learned)
     run("train", "unet", f"unet-{kind}", *frozen)
-    return runs / "unet" / "pipeline"
+    return runs / "unet"
 
 
 def record(runs: Path, data: Path) -> None:
