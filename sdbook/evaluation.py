@@ -634,7 +634,8 @@ def frechet_distance(
     root = matrix_sqrt(spread)
     overlap = torch.linalg.eigvalsh(root @ other @ root).clamp(min=0).sqrt().sum()
     shift = (first.mean(dim=0) - second.mean(dim=0)).square().sum()
-    return (shift + spread.trace() + other.trace() - 2 * overlap).item()
+    distance = shift + spread.trace() + other.trace() - 2 * overlap
+    return max(distance.item(), 0.0)  # rounding may take it just below
 
 
 def cubic_kernel(
