@@ -902,6 +902,7 @@ def command(*arguments):
     main([str(argument) for argument in arguments])
 
 
+@pytest.mark.filterwarnings("ignore:only .* tokens of the prompt fit")
 def test_the_command_measures_and_compares(small_model, tmp_path, capsys):
     flags = ["evaluate", "--checkpoint_path", small_model / "pipeline"]
     flags += ["--num_prompts", 1, "--num_inference_steps", 1, "--output_dir"]
@@ -915,6 +916,7 @@ def test_the_command_measures_and_compares(small_model, tmp_path, capsys):
     assert table in said and "| 1.000 |" in table and "CLIP score" in said
 
 
+@pytest.mark.filterwarnings("ignore:only .* tokens of the prompt fit")
 def test_the_command_draws_for_geneval(small_model, tmp_path, capsys):
     listed = tmp_path / "evaluation_metadata.jsonl"
     listed.write_text(json.dumps(BENCH) + "\n")
@@ -927,6 +929,7 @@ def test_the_command_draws_for_geneval(small_model, tmp_path, capsys):
     assert "leave out compare_with" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:only .* tokens of the prompt fit")
 def test_the_tradeoffs_are_recorded(small_model, records, tmp_path):
     tool = load_tool("measure_tradeoffs")
     few = ["--prompts", "1", "--steps", "1", "--output", str(tmp_path)]
