@@ -199,6 +199,10 @@ def evaluate(
     seed: int = 0,
     num_inference_steps: int = 25,
     guidance_scale: float = 3.0,
+    compare_with: str | None = None,
+    clip_path: str = "clip",
+    inception_path: str | None = None,
+    geneval_prompts: str | None = None,
     device: str = "auto",
     dtype: Dtype = "float32",
 ):
@@ -211,22 +215,53 @@ def evaluate(
         seed: of the prompts and the pictures.
         num_inference_steps: denoising steps.
         guidance_scale: how strongly the prompt pulls.
+        compare_with: the output_dir of another run with the same prompts.
+        clip_path: the CLIP of the CLIP score; a shipped one's name, the output of
+            train-clip, or a folder of transformers.
+        inception_path: weights of Inception v3 for FID and KID, in place of the
+            features of the shipped CLIP.
+        geneval_prompts: GenEval's evaluation_metadata.jsonl; then its prompts are
+            drawn into output_dir, four pictures each, for its own tool to score.
         device: auto, cpu, cuda or mps.
         dtype: float32, float16 or bfloat16.
     """
     from sdbook import evaluation
 
-    Path(output_dir).mkdir(parents=True, exist_ok=True)  # or fail before the work
-    pipe = load(checkpoint_path, device, dtype)
-    settings = {
-        "num_prompts": num_prompts,
+    drawing = {
         "seed": seed,
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
     }
+    if geneval_prompts:
+        if compare_with or inception_path:
+            raise ValueError(
+                "geneval_prompts only draws, and GenEval's own tool scores; leave out "
+                "compare_with and inception_path"
+            )
+        listed = evaluation.read_geneval(geneval_prompts)
+        pipe = load(checkpoint_path, device, dtype)
+        evaluation.write_geneval(pipe, listed, output_dir, **drawing)
+        print(f"wrote {output_dir}")
+        return
+    other = evaluation.read_report(compare_with) if compare_with else None
+    Path(output_dir).mkdir(parents=True, exist_ok=True)  # or fail before the work
+    clip = evaluation.open_clip(clip_path)
+    if inception_path:
+        network = evaluation.open_inception(inception_path).to(pick_device(device))
+    else:
+        network = evaluation.open_clip("clip").clip.image_encoder
+    pipe = load(checkpoint_path, device, dtype)
+    settings = {"num_prompts": num_prompts, **drawing}
     records = evaluation.evaluate(pipe, **settings)
-    evaluation.save_report(records, output_dir, model=checkpoint_path, **settings)
-    print(evaluation.markdown_table(evaluation.scores(records)))
+    measures = evaluation.measure(records, clip, network, seed)
+    facts = {"model": checkpoint_path, **settings, "clip": clip_path}
+    facts["features"] = Path(inception_path).name if inception_path else "clip"
+    evaluation.save_report(records, output_dir, measures, **facts)
+    print((Path(output_dir) / "scores.md").read_text(encoding="utf-8"))
+    if other:
+        table = evaluation.compare(records, other["records"])
+        (Path(output_dir) / "comparison.md").write_text(table, encoding="utf-8")
+        print(table)
     print(f"wrote {output_dir}")
 
 

@@ -8,17 +8,19 @@ import json
 import math
 import textwrap
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, UInt8
+from jaxtyping import Bool, Float, Float32, Float64, Int64, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from .clip import CLIP, CLIPTextModel, Tokenizer
 from .data import (
     BACKGROUNDS,
     COLOURS,
@@ -27,15 +29,20 @@ from .data import (
     SIZES,
     Request,
     Thing,
+    arrange,
     describe,
+    draw,
     draw_background,
     draw_thing,
     invent,
+    is_held_out,
     read_caption,
     say,
     stands,
+    to_pixels,
 )
-from .pipeline import StableDiffusion
+from .pipeline import StableDiffusion, model_folders
+from .weights import read_weights, save_weights
 
 __all__ = [
     "SIDE",
@@ -54,8 +61,31 @@ __all__ = [
     "evaluate",
     "scores",
     "markdown_table",
+    "measures_table",
     "labelled_grid",
     "save_report",
+    "sign_test",
+    "read_report",
+    "compare",
+    "extract_features",
+    "OurCLIP",
+    "TheirCLIP",
+    "open_clip",
+    "clip_score",
+    "matrix_sqrt",
+    "check_features",
+    "frechet_distance",
+    "cubic_kernel",
+    "kernel_distance",
+    "Inception",
+    "pool_as_in_2015",
+    "open_inception",
+    "imagine",
+    "measure",
+    "mean_distance",
+    "nearest",
+    "read_geneval",
+    "write_geneval",
 ]
 
 
@@ -279,6 +309,12 @@ def evaluate(
     """
     if num_prompts < 1:
         raise ValueError(f"num_prompts is {num_prompts}; give at least 1")
+    sides = [cells * pipe.vae.config.downscale for cells in pipe.latent_shape()[2:]]
+    if sides != [SIDE, SIDE]:
+        raise ValueError(
+            f"this model draws pictures of {sides[0]}×{sides[1]}, and the judge reads "
+            f"{SIDE}×{SIDE}; let GenEval's own tool score it (geneval_prompts)"
+        )
     judge, records = Judge(), {}
     texts = {kind: prompts(kind, num_prompts, seed) for kind in kinds}
     bar = tqdm(total=num_prompts * len(texts), unit="picture")
@@ -331,6 +367,15 @@ def markdown_table(table: dict[str, dict[str, int | float]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def measures_table(measures: dict[str, dict[str, float]]) -> str:
+    """What `measure` returns as a Markdown table; an empty text for nothing."""
+    lines = ["", "| measure | pictures of the model | real pictures |"]
+    lines += ["|---|---:|---:|"]
+    for name, row in measures.items():
+        lines.append(f"| {name} | {row['model']:.4g} | {row['real']:.4g} |")
+    return "\n".join(lines) + "\n" if measures else ""
+
+
 def labelled_grid(
     images: list[Image.Image], labels: list[str], columns: int = 4
 ) -> Image.Image:
@@ -351,18 +396,24 @@ def labelled_grid(
     return sheet
 
 
-def save_report(records: dict[str, list[dict]], folder: str | Path, **facts) -> None:
+def save_report(
+    records: dict[str, list[dict]],
+    folder: str | Path,
+    measures: dict[str, dict[str, float]] | None = None,
+    **facts,
+) -> None:
     """Write scores.json (with `facts`), scores.md, and pictures of right and wrong."""
-    folder, table = Path(folder), scores(records)
+    folder, table, measures = Path(folder), scores(records), measures or {}
     folder.mkdir(parents=True, exist_ok=True)
     rows = {
         kind: [{k: v for k, v in row.items() if k != "image"} for row in kind_rows]
         for kind, kind_rows in records.items()
     }
-    report = {"facts": facts, "scores": table, "records": rows}
+    report = {"facts": facts, "scores": table, "measures": measures, "records": rows}
     text = json.dumps(report, indent=1, ensure_ascii=False)
     (folder / "scores.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "scores.md").write_text(markdown_table(table), encoding="utf-8")
+    text = markdown_table(table) + measures_table(measures)
+    (folder / "scores.md").write_text(text, encoding="utf-8")
     by_turns = [row for turn in zip(*records.values(), strict=False) for row in turn]
     for name, wanted in (("right", True), ("wrong", False)):
         chosen = [row for row in by_turns if row["right"] is wanted][:24]
@@ -370,3 +421,410 @@ def save_report(records: dict[str, list[dict]], folder: str | Path, **facts) -> 
             labels = [f"{row['prompt']} → {row['seen']}" for row in chosen]
             sheet = labelled_grid([row["image"] for row in chosen], labels, 6)
             sheet.save(folder / f"{name}.png")
+
+
+def sign_test(first: Iterable[bool], second: Iterable[bool]) -> float:
+    """How probable so uneven a split is, if both are right equally often (0 to 1).
+
+    `first` and `second` say which of the same prompts two models had right.
+    """
+    pairs = list(zip(first, second, strict=True))
+    wins = sum(a and not b for a, b in pairs)
+    losses = sum(b and not a for a, b in pairs)
+    coins = wins + losses
+    tail = sum(math.comb(coins, k) for k in range(min(wins, losses) + 1)) / 2**coins
+    return min(1.0, 2 * tail)
+
+
+def read_report(folder: str | Path) -> dict:
+    """What `save_report` wrote to a folder; ValueError where that cannot be read."""
+    path = Path(folder) / "scores.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no {path}; give a folder that `sdbook evaluate` wrote"
+        )
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        report["records"].items()
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no report of `sdbook evaluate` ({error}); "
+            "evaluate that model again"
+        ) from error
+    return report
+
+
+def compare(records: dict[str, list[dict]], others: dict[str, list[dict]]) -> str:
+    """A Markdown table of two runs over the same prompts; ValueError for others.
+
+    For each kind: how many each has right, how many only one of them has right, and
+    P, how probable so uneven a split would be if both were equally good.
+    """
+    heads = "kind of prompt | this run | the other | only this | only the other | P"
+    lines = [f"| {heads} |", "|---|---:|---:|---:|---:|---:|"]
+    for kind, rows in records.items():
+        pairs = list(zip(rows, others.get(kind, []), strict=False))
+        alike = [one["prompt"] == other["prompt"] for one, other in pairs]
+        if len(pairs) < max(len(rows), len(others.get(kind, []))) or not all(alike):
+            raise ValueError(
+                f"the two runs drew different prompts of kind {kind!r}; "
+                "give both the same num_prompts and seed"
+            )
+        ours, theirs = ([row["right"] for row in side] for side in zip(*pairs))
+        won = sum(a and not b for a, b in zip(ours, theirs))
+        lost = sum(b and not a for a, b in zip(ours, theirs))
+        lines.append(
+            f"| {kind.replace('_', ' ')} | {sum(ours)} | {sum(theirs)} "
+            f"| {won} | {lost} | {sign_test(ours, theirs):.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+@torch.no_grad()
+def extract_features(
+    network: nn.Module, pictures: list, batch_size: int = 50
+) -> Float64[Tensor, "n d"]:
+    """What a network makes of pictures (PIL images, or arrays of bytes) of one size.
+
+    `network` takes pixels (b, 3, h, w) in [-1, 1] and gives (b, d).
+    """
+    device = next(network.parameters()).device
+    rows = []
+    for start in range(0, len(pictures), batch_size):
+        batch = [to_pixels(np.asarray(p)) for p in pictures[start : start + batch_size]]
+        rows.append(network(torch.stack(batch).to(device)).double().cpu())
+    return torch.cat(rows)
+
+
+class OurCLIP:
+    """Chapter 6's CLIP with its tokenizer: vectors of length 1, (n, p)."""
+
+    def __init__(self, clip: CLIP, tokenizer: Tokenizer):
+        self.clip, self.tokenizer = clip.eval(), tokenizer
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "OurCLIP":
+        """Open what `save_pretrained` wrote, or the output of `sdbook train-clip`."""
+        folder = Path(folder)
+        text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
+        if (folder / "clip.safetensors").is_file():
+            state = read_weights(folder / "clip.safetensors")
+        else:
+            path = folder / "checkpoint.pt"
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            state = saved["ema"] or saved["model"]
+        state |= {f"text_encoder.{k}": t for k, t in text_encoder.state_dict().items()}
+        width = len(state["image_encoder.final_layer_norm.weight"])
+        cells = state["image_encoder.row.weight"].shape[1] // (width // 4)
+        size, wide = 8 * math.isqrt(cells), len(state["text_projection.weight"])
+        clip = CLIP(text_encoder, size, width, projection_dim=wide)
+        clip.load_state_dict(state)
+        return cls(clip, Tokenizer.from_pretrained(folder / "tokenizer"))
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None):
+        """Write text model and tokenizer, and clip.safetensors with all the rest."""
+        folder, text_encoder = Path(folder), self.clip.text_encoder
+        text_encoder.save_pretrained(folder / "text_encoder", dtype)
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        state = self.clip.state_dict().items()
+        rest = {k: t for k, t in state if not k.startswith("text_encoder.")}
+        rest = {key: tensor.to(dtype or tensor.dtype) for key, tensor in rest.items()}
+        save_weights(rest, folder / "clip.safetensors")
+
+    @torch.no_grad()
+    def texts(self, texts: list[str]) -> Float[Tensor, "n p"]:
+        """Vectors of sentences."""
+        return self.clip.encode_text(self.tokenizer(texts))
+
+    @torch.no_grad()
+    def pictures(self, pictures: list) -> Float[Tensor, "n p"]:
+        """Vectors of pictures of the size that the picture tower was trained on."""
+        seen = extract_features(self.clip.image_encoder, pictures).float()
+        return F.normalize(self.clip.visual_projection(seen), dim=-1)
+
+
+class TheirCLIP:
+    """A folder that holds transformers' `CLIPModel` and `CLIPProcessor`."""
+
+    def __init__(self, folder: str | Path):
+        from transformers import CLIPModel, CLIPProcessor
+
+        self.model = CLIPModel.from_pretrained(str(folder)).eval()
+        self.processor = CLIPProcessor.from_pretrained(str(folder))
+
+    @torch.no_grad()
+    def texts(self, texts: list[str]) -> Float[Tensor, "n p"]:
+        """Vectors of sentences."""
+        options = {"padding": True, "truncation": True, "return_tensors": "pt"}
+        said = self.model.text_model(**self.processor(text=texts, **options))
+        return F.normalize(self.model.text_projection(said.pooler_output), dim=-1)
+
+    @torch.no_grad()
+    def pictures(self, pictures: list, batch_size: int = 50) -> Float[Tensor, "n p"]:
+        """Vectors of pictures of any size."""
+        rows = []
+        for start in range(0, len(pictures), batch_size):
+            batch = [np.asarray(p) for p in pictures[start : start + batch_size]]
+            pixels = self.processor(images=batch, return_tensors="pt")
+            rows.append(self.model.vision_model(**pixels).pooler_output)
+        return F.normalize(self.model.visual_projection(torch.cat(rows)), dim=-1)
+
+
+def open_clip(name: str | Path = "clip") -> OurCLIP | TheirCLIP:
+    """A CLIP: the shipped one, a folder of `sdbook train-clip`, or one of transformers.
+
+    Raises FileNotFoundError, naming the three, for anything else.
+    """
+    for folder in (Path(name), *(folder / name for folder in model_folders())):
+        ours = ("clip.safetensors", "checkpoint.pt")
+        if any((folder / file).is_file() for file in ours):
+            return OurCLIP.from_pretrained(folder)
+        if (folder / "preprocessor_config.json").is_file() or (
+            folder / "processor_config.json"
+        ).is_file():
+            return TheirCLIP(folder)
+    raise FileNotFoundError(
+        f"there is no CLIP {str(name)!r}; give `clip` (it ships with the book), a "
+        "folder that `sdbook train-clip` wrote, or one with transformers' CLIPModel "
+        "and CLIPProcessor"
+    )
+
+
+def clip_score(
+    clip: OurCLIP | TheirCLIP, pictures: list, texts: list[str]
+) -> Float[Tensor, "n"]:
+    """100 times the cosine of each picture and its text, or 0 where it is negative.
+
+    From Hessel et al. (2021), who have 2.5 in place of 100.
+    """
+    cosine = (clip.pictures(pictures) * clip.texts(list(texts))).sum(dim=1)
+    return 100 * cosine.clamp(min=0)
+
+
+def matrix_sqrt(matrix: Float64[Tensor, "d d"]) -> Float64[Tensor, "d d"]:
+    """The root of a symmetric matrix with no negative eigenvalue: root @ root is it."""
+    eigenvalues, axes = torch.linalg.eigh(matrix)
+    return axes * eigenvalues.clamp(min=0).sqrt() @ axes.T
+
+
+def check_features(first: Tensor, second: Tensor) -> None:
+    """ValueError for features that cannot be compared."""
+    if first.shape[1] != second.shape[1]:
+        raise ValueError(
+            f"features of {first.shape[1]} and of {second.shape[1]} numbers; "
+            "use the same network for both heaps"
+        )
+    if min(len(first), len(second)) < 2:
+        raise ValueError(
+            f"heaps of {len(first)} and {len(second)} pictures; give at least 2 each"
+        )
+
+
+def frechet_distance(
+    first: Float[Tensor, "n d"], second: Float[Tensor, "m d2"]
+) -> float:
+    """The squared Fréchet distance of two Gaussians, fitted to two heaps of features.
+
+    With Inception's features it is the FID (Heusel et al., 2017). Never negative, and
+    biased: too large for few pictures. Raises ValueError for fewer than two.
+    """
+    check_features(first, second)
+    first, second = first.double(), second.double()
+    spread, other = (torch.atleast_2d(x.T.cov()) for x in (first, second))
+    root = matrix_sqrt(spread)
+    overlap = torch.linalg.eigvalsh(root @ other @ root).clamp(min=0).sqrt().sum()
+    shift = (first.mean(dim=0) - second.mean(dim=0)).square().sum()
+    distance = shift + spread.trace() + other.trace() - 2 * overlap
+    return max(distance.item(), 0.0)  # rounding may take it just below
+
+
+def cubic_kernel(
+    x: Float64[Tensor, "n d"], y: Float64[Tensor, "m d"]
+) -> Float64[Tensor, "n m"]:
+    """How alike each x and each y are: (x·y/d + 1)³."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def kernel_distance(
+    first: Float[Tensor, "n d"], second: Float[Tensor, "m d2"]
+) -> float:
+    """The squared maximum mean discrepancy of two heaps of features, unbiased.
+
+    With Inception's features it is the KID (Bińkowski et al., 2018). It is 0 on
+    average for two heaps of one kind, so now and then it is negative. Raises
+    ValueError for fewer than two.
+    """
+    check_features(first, second)
+    first, second = first.double(), second.double()
+    within = 0.0
+    for heap in (first, second):
+        alike = cubic_kernel(heap, heap)
+        within += (alike.sum() - alike.trace()) / (len(heap) * (len(heap) - 1))
+    return (within - 2 * cubic_kernel(first, second).mean()).item()
+
+
+class Inception(nn.Module):
+    """Inception v3 up to its last layer: pixels in [-1, 1] to 2048 features.
+
+    Pictures of any size are resized to 299×299, cubic and anti-aliased.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        pixels = F.interpolate(pixels, (299, 299), mode="bicubic", antialias=True)
+        return self.network(pixels.clamp(-1, 1))
+
+
+def pool_as_in_2015(block: nn.Module, pool) -> None:
+    """Let the last branch of an Inception block pool in another way."""
+    branches = block._forward
+    block._forward = lambda x: [*branches(x)[:-1], block.branch_pool(pool(x))]
+
+
+def open_inception(path: str | Path) -> Inception:
+    """The network of a weights file: torchvision's, or the FID's own of 2015.
+
+    The latter (`pt_inception-2015-12-05-….pth`, with 1008 classes) does not count
+    padding when it averages, and its last block takes the maximum. Only its numbers
+    compare with published ones. Raises ValueError for weights of another network.
+    """
+    from torchvision.models import inception_v3
+
+    state = read_weights(path)
+    classes = len(state.get("fc.weight", ()))
+    aux = any(key.startswith("AuxLogits.") for key in state)
+    network = inception_v3(
+        weights=None, num_classes=classes, aux_logits=aux, init_weights=False
+    )
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} holds no Inception v3 ({str(error).splitlines()[1].strip()}); "
+            "give torchvision's inception_v3 or pytorch-fid's pt_inception file"
+        ) from error
+    network.fc = nn.Identity()
+    if classes == 1008:
+        options = {"kernel_size": 3, "stride": 1, "padding": 1}
+        average = functools.partial(F.avg_pool2d, count_include_pad=False, **options)
+        for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
+            pool_as_in_2015(network.get_submodule(f"Mixed_{name}"), average)
+        largest = functools.partial(F.max_pool2d, **options)
+        pool_as_in_2015(network.Mixed_7c, largest)
+    return Inception(network).eval()
+
+
+def imagine(request: Request, rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
+    """A real picture of a request; chance decides what it does not say.
+
+    It shows what training never does only if the request says so.
+    """
+
+    def pick(options):
+        return list(options)[rng.integers(len(options))]
+
+    while True:
+        groups = tuple(
+            replace(
+                group,
+                colour=group.colour or pick(COLOURS),
+                size=group.size or pick(SIZES),
+            )
+            for group in request.groups
+        )
+        if is_held_out(groups) == is_held_out(request.groups):
+            break
+    things = arrange(replace(request, groups=groups), rng)
+    return draw(things, request.background or pick(BACKGROUNDS), SIDE)
+
+
+def measure(
+    records: dict[str, list[dict]],
+    clip: OurCLIP | TheirCLIP,
+    network: nn.Module,
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:
+    """FID, KID and CLIP score of what `evaluate` drew, beside real pictures' own.
+
+    Real are pictures that our world draws of the same prompts; "real" compares two
+    heaps of these, so it says what a perfect model would get. `network` gives the
+    features of FID and KID.
+    """
+    rows = [row for kind in records.values() for row in kind]
+    images, texts = ([row[name] for row in rows] for name in ("image", "prompt"))
+    heaps = [images]
+    for heap in (0, 1):
+        rng = np.random.default_rng((seed, heap))
+        heaps.append([imagine(read_caption(text), rng) for text in texts])
+    drawn, real, again = (extract_features(network, heap) for heap in heaps)
+    measures = {
+        name: {"model": distance(drawn, real), "real": distance(again, real)}
+        for name, distance in (("FID", frechet_distance), ("KID", kernel_distance))
+    }
+    fits = [clip_score(clip, heap, texts).mean().item() for heap in heaps[:2]]
+    return measures | {"CLIP score": dict(zip(("model", "real"), fits, strict=True))}
+
+
+def mean_distance(features: Float[Tensor, "n d"]) -> float:
+    """How different pictures are: the mean distance over all pairs; needs two."""
+    if len(features) < 2:
+        raise ValueError(f"{len(features)} picture has no distance; give at least 2")
+    return torch.pdist(features).mean().item()
+
+
+def nearest(
+    queries: Float[Tensor, "n d"], training: Float[Tensor, "m d"]
+) -> tuple[Float[Tensor, "n"], Int64[Tensor, "n"]]:
+    """How far the nearest training picture is from each query, and which it is."""
+    exact = "donot_use_mm_for_euclid_dist"  # or a copy is not at distance 0
+    distances, which = torch.cdist(queries, training, compute_mode=exact).min(dim=1)
+    return distances, which
+
+
+def read_geneval(path: str | Path) -> list[dict]:
+    """GenEval's evaluation_metadata.jsonl: one prompt a line, with what to check."""
+    prompts = []
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            prompt = json.loads(line)
+            prompt["prompt"], prompt["tag"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"line {number} of {path} is no prompt of GenEval ({error}); give its "
+                "evaluation_metadata.jsonl"
+            ) from error
+        prompts.append(prompt)
+    return prompts
+
+
+def write_geneval(
+    pipe: StableDiffusion,
+    prompts: list[dict],
+    folder: str | Path,
+    seed: int = 0,
+    num_images: int = 4,
+    **options,
+) -> None:
+    """Draw GenEval's prompts into the folders that its evaluate_images.py reads.
+
+    00000/metadata.jsonl has the prompt's line, 00000/samples/0000.png and so on its
+    pictures, drawn from `seed` on. `options` go to the pipeline.
+    """
+    for number, prompt in enumerate(tqdm(prompts, unit="prompt")):
+        place = Path(folder) / f"{number:05}"
+        (place / "samples").mkdir(parents=True, exist_ok=True)
+        line = json.dumps(prompt, ensure_ascii=False) + "\n"
+        (place / "metadata.jsonl").write_text(line, encoding="utf-8")
+        images = pipe(
+            prompt["prompt"],
+            num_images_per_prompt=num_images,
+            seed=seed,
+            progress=False,
+            **options,
+        ).images
+        for k, image in enumerate(images):
+            image.save(place / "samples" / f"{k:04}.png")

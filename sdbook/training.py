@@ -100,6 +100,7 @@ __all__ = [
     "StepSampler",
     "step_generator",
     "min_snr_weights",
+    "lean_to_noise",
     "Corruption",
     "DiffusionLoss",
     "mean_where",
@@ -449,6 +450,17 @@ def min_snr_weights(
     return worth / error_in_x0[scheduler.config.prediction_type]
 
 
+def lean_to_noise(place: Float[Tensor, "b"], share: float) -> Float[Tensor, "b"]:
+    """Move places in [0, 1) so that `share` of them go to the last quarter instead.
+
+    Those that were in it stay; the order stays, too.
+    """
+    early = 0.75 * (1 - share)  # what the first three quarters keep
+    slow = 0.75 * place / max(early, 1e-9)
+    fast = 0.75 + 0.25 * (place - early) / (1 - early)
+    return torch.where(place < early, slow, fast)
+
+
 class Corruption:
     """All that chance decides in a step, drawn for the whole step at once.
 
@@ -456,9 +468,12 @@ class Corruption:
     pictures, so that the number of processes and parts changes nothing.
     """
 
-    def __init__(self, scheduler, scale, caption_dropout=0.0, offset_noise=0.0):
+    def __init__(
+        self, scheduler, scale, caption_dropout=0.0, offset_noise=0.0, noisy_share=0.0
+    ):
         self.scheduler, self.scale = scheduler, scale
         self.caption_dropout, self.offset_noise = caption_dropout, offset_noise
+        self.noisy_share = noisy_share
 
     def draw(
         self, moments: Float[Tensor, "b c2 h w"], generator: torch.Generator,
@@ -466,7 +481,8 @@ class Corruption:
     ):  # fmt: skip
         """x0, noise, timesteps, whose caption is dropped.
 
-        The timesteps are spread evenly over the batch, one from each of its parts.
+        The timesteps are spread evenly over the batch, one from each of its parts;
+        `noisy_share` of them are moved to the noisiest quarter.
         """
         part, parts = share
         device, count = generator.device, len(moments) * parts
@@ -481,7 +497,8 @@ class Corruption:
 
         latents = posterior.mean + posterior.std * normal(c, h, w)[part::parts]
         dropped = (uniform() < self.caption_dropout)[part::parts]
-        place = ((torch.arange(count, device=device) + uniform()) / count)[part::parts]
+        place = (torch.arange(count, device=device) + uniform()) / count
+        place = lean_to_noise(place, self.noisy_share)[part::parts]
         last = self.scheduler.num_train_timesteps - 1
         t = (place * (last + 1)).long().clamp(max=last)  # place can round up to 1
         noise = normal(c, h, w)[part::parts]
@@ -499,9 +516,9 @@ class DiffusionLoss(Corruption):
 
     def __init__(
         self, scheduler, scale, empty, caption_dropout=0.0, snr_gamma=0.0,
-        snr_power=1.0, offset_noise=0.0,
+        snr_power=1.0, offset_noise=0.0, noisy_share=0.0,
     ):  # fmt: skip
-        super().__init__(scheduler, scale, caption_dropout, offset_noise)
+        super().__init__(scheduler, scale, caption_dropout, offset_noise, noisy_share)
         weights = min_snr_weights(scheduler, snr_gamma, snr_power)
         self.empty, self.weights = empty, weights.to(empty.device)
 
@@ -2060,6 +2077,7 @@ class NoiseSettings:
         snr_gamma: min-SNR weighting (Hang et al., 2023); 0 for none.
         snr_power: on these weights; below 1, noisy timesteps (the layout) count more.
         offset_noise: noise that is the same all over a channel; 0.05 to 0.1, or 0.
+        noisy_share: of the timesteps, moved to the noisiest quarter; 0 for none.
     """
 
     beta_schedule: str = "scaled_linear"
@@ -2070,6 +2088,7 @@ class NoiseSettings:
     snr_gamma: float = 5.0
     snr_power: float = 1.0
     offset_noise: float = 0.0
+    noisy_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -2113,6 +2132,10 @@ def check_noise(config) -> None:
         )
     if not 0 <= config.snr_power <= 1:
         raise ValueError(f"snr_power is {config.snr_power}; give a number from 0 to 1")
+    if not 0 <= config.noisy_share <= 1:
+        raise ValueError(
+            f"noisy_share is {config.noisy_share}; give a share from 0 to 1"
+        )
     if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
         raise ValueError(
             "rescale_betas_zero_snr makes the last timestep pure noise, from which "
@@ -2425,6 +2448,7 @@ def train(config: TrainingConfig) -> StableDiffusion | None:
     loss = DiffusionLoss(
         scheduler, vae.config.scaling_factor, empty, config.caption_dropout,
         config.snr_gamma, config.snr_power, config.offset_noise,
+        config.noisy_share,
     )  # fmt: skip
     unet = optimise(
         config, unet, Subset(encoded, shown), loss, collate=as_it_is,

@@ -2,14 +2,26 @@
 
 import json
 import math
+import os
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.linalg
+import torch
+from helpers import load_tool, small_pipeline
 from PIL import Image
 from scipy import ndimage
 from scipy.optimize import brentq
+from scipy.stats import binomtest
+from torch import nn
+from torch.nn import functional as F
 
+from sdbook import training
+from sdbook.__main__ import main
+from sdbook.clip import CLIP
 from sdbook.data import (
     BACKGROUNDS,
     COLOURS,
@@ -27,17 +39,38 @@ from sdbook.data import (
 )
 from sdbook.evaluation import (
     Judge,
+    OurCLIP,
+    TheirCLIP,
     Verdict,
+    clip_score,
+    compare,
     evaluate,
+    extract_features,
+    frechet_distance,
+    imagine,
+    kernel_distance,
     labelled_grid,
     markdown_table,
+    matrix_sqrt,
+    mean_distance,
+    measure,
+    measures_table,
+    nearest,
+    open_clip,
+    open_inception,
+    pool_as_in_2015,
     prompts,
+    read_geneval,
+    read_report,
     satisfies,
     save_report,
     scores,
+    sign_test,
     wilson,
+    write_geneval,
 )
 from sdbook.pipeline import Pictures, StableDiffusion
+from sdbook.weights import read_weights
 
 JUDGE = Judge()
 
@@ -376,6 +409,10 @@ class Painter(StableDiffusion):
 
     def __init__(self):
         self.seeds = {}
+        self.vae = SimpleNamespace(config=SimpleNamespace(downscale=4))
+
+    def latent_shape(self):
+        return 1, 4, 16, 16
 
     def __call__(self, prompt, seed=0, **options):
         images = []
@@ -423,6 +460,13 @@ def test_nothing_to_evaluate():
         evaluate(Painter(), num_prompts=0)
 
 
+def test_a_model_of_another_size_is_refused_before_it_draws(monkeypatch):
+    pipe = small_pipeline()  # 16×16
+    monkeypatch.setattr(pipe, "denoise", lambda *a, **o: pytest.fail("it drew"))
+    with pytest.raises(ValueError, match="16×16.*64×64.*GenEval"):
+        evaluate(pipe, num_prompts=1)
+
+
 def test_scores_and_table(records):
     table = scores(records)
     low, high = wilson(8, 10)
@@ -462,3 +506,450 @@ def test_labelled_grid():
     alone = labelled_grid(images[:1], ["one"])
     assert alone.width == 64 * 3 + 12
     assert alone.getpixel((20, 20)) == (255, 0, 0)
+
+
+# ---- two runs ----
+
+
+@pytest.mark.parametrize("wins, losses", [(30, 12), (12, 30), (7, 1), (0, 5), (4, 4)])
+def test_the_sign_test_is_the_binomial_test(wins, losses):
+    first = [True] * 20 + [True] * wins + [False] * losses + [False] * 9
+    second = [True] * 20 + [False] * wins + [True] * losses + [False] * 9
+    expected = binomtest(wins, wins + losses).pvalue
+    assert sign_test(first, second) == pytest.approx(expected, rel=1e-9)
+
+
+def test_models_that_never_differ_are_no_evidence():
+    assert sign_test([True, False], [True, False]) == 1
+    with pytest.raises(ValueError):
+        sign_test([True], [True, False])
+
+
+def test_two_runs_side_by_side(records, tmp_path):
+    worse = {
+        kind: [row | {"right": row["right"] and k > 1} for k, row in enumerate(rows)]
+        for kind, rows in records.items()
+    }
+    save_report(worse, tmp_path)
+    lines = compare(records, read_report(tmp_path)["records"]).splitlines()
+    assert len(lines) == 2 + len(records)
+    assert lines[-1] == "| held out | 8 | 6 | 2 | 0 | 0.500 |"
+
+
+def test_runs_over_other_prompts_are_not_compared(records):
+    fewer = {kind: rows[:-1] for kind, rows in records.items()}
+    other = {**records, "two": records["single"]}
+    for others in (fewer, other, {}):
+        with pytest.raises(ValueError, match="different prompts.*num_prompts and seed"):
+            compare(records, others)
+        with pytest.raises(ValueError, match="different prompts"):
+            compare({**others, "single": records["single"] * 2}, records)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"records": 3}', "\xff"])
+def test_what_is_no_report_is_refused(tmp_path, text):
+    with pytest.raises(FileNotFoundError, match="sdbook evaluate"):
+        read_report(tmp_path)
+    (tmp_path / "scores.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="scores.json is no report"):
+        read_report(tmp_path)
+
+
+# ---- two heaps ----
+
+
+def heaps(count=300, other=400, width=24):
+    """Correlated features of two different worlds."""
+    mix = torch.randn(width, width)
+    first = torch.randn(count, width) @ mix
+    return first, torch.randn(other, width) @ (
+        mix + 0.3 * torch.randn(width, width)
+    ) + 1
+
+
+def test_the_root_of_a_matrix_squares_to_it():
+    for rank in (6, 3):  # and a flat one, which rounding makes slightly negative
+        half = torch.randn(6, rank, dtype=torch.float64)
+        matrix = half @ half.T
+        root = matrix_sqrt(matrix)
+        assert torch.allclose(root @ root, matrix, atol=1e-7)
+        assert torch.allclose(root, root.T)
+
+
+def given_features(width):
+    """A network for torchmetrics that lets features through."""
+    network = nn.Identity()
+    network.num_features = width
+    return network
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("count", [300, 15])  # more pictures than features, and fewer
+def test_fid_is_torchmetrics_and_scipys(count):
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    first, second = heaps(count)
+    metric = FrechetInceptionDistance(feature=given_features(24))
+    metric.set_dtype(torch.float64)
+    metric.update(first.double(), real=True)
+    metric.update(second.double(), real=False)
+    ours = frechet_distance(first, second)
+    assert ours == pytest.approx(metric.compute().item(), rel=1e-4)
+
+    # the formula of pytorch-fid and clean-fid, with a general root
+    one, two = first.double().numpy(), second.double().numpy()
+    covariances = np.cov(one, rowvar=False), np.cov(two, rowvar=False)
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    shift = one.mean(0) - two.mean(0)
+    expected = shift @ shift + np.trace(sum(covariances)) - 2 * np.trace(root)
+    assert ours == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_kid_is_torchmetrics():
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    first, second = heaps(300, 300)
+    metric = KernelInceptionDistance(given_features(24), subsets=1, subset_size=300)
+    metric.update(first.double(), real=True)
+    metric.update(second.double(), real=False)
+    ours = kernel_distance(first, second)
+    assert ours == pytest.approx(metric.compute()[0].item(), rel=1e-4)
+
+
+def test_fid_of_known_gaussians():
+    first = torch.randn(4000, 1)
+    assert frechet_distance(first, first * 3 + 2) == pytest.approx(4 + 4, rel=0.1)
+    shifted = first + 0.7
+    assert frechet_distance(first, shifted) == pytest.approx(0.49, rel=1e-6)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
+
+
+def test_both_distances_are_symmetric():
+    first, second = heaps(60, 90)
+    for distance in (frechet_distance, kernel_distance):
+        assert distance(first, second) == pytest.approx(distance(second, first))
+
+
+def test_fid_is_biased_and_kid_is_not():
+    fids, kids = [], []
+    for _ in range(60):
+        first, second = torch.randn(2, 40, 12)
+        fids.append(frechet_distance(first, second))
+        kids.append(kernel_distance(first, second))
+    assert min(fids) > 0.5
+    error = np.std(kids) / len(kids) ** 0.5
+    assert abs(np.mean(kids)) < 3 * error and min(kids) < 0 < max(kids)
+
+
+@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
+def test_heaps_that_cannot_be_compared(distance):
+    with pytest.raises(ValueError, match="8 and of 9 numbers.*same network"):
+        distance(torch.zeros(5, 8), torch.zeros(5, 9))
+    with pytest.raises(ValueError, match="1 and 5 pictures.*at least 2"):
+        distance(torch.zeros(1, 8), torch.zeros(5, 8))
+
+
+# ---- Inception ----
+
+
+@pytest.fixture(scope="module", params=[1000, 1008])
+def inception(request, tmp_path_factory):
+    """A weights file as torchvision has it, or as the FID has it; and its network."""
+    from torchvision.models import inception_v3
+
+    torch.manual_seed(0)
+    network = inception_v3(
+        weights=None,
+        num_classes=request.param,
+        aux_logits=request.param == 1000,
+        init_weights=False,
+    ).eval()
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save(network.state_dict(), path)
+    network.fc = nn.Identity()
+    return path, network, request.param
+
+
+@torch.no_grad()
+def test_inception_from_a_file(inception):
+    path, network, classes = inception
+    picture = Image.fromarray(render(some_scenes(1)[0]))
+    ours = extract_features(open_inception(path), [picture])
+    assert ours.shape == (1, 2048)
+    large = picture.resize((299, 299), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.asarray(large)).permute(2, 0, 1)[None] / 127.5 - 1
+    plain = network(pixels).double()
+    off = (ours - plain).norm() / plain.norm()
+    assert off < 0.02 if classes == 1000 else off > 0.02  # the other pooling
+
+
+def test_the_pooling_of_2015_does_not_see_the_rim():
+    from torchvision.models.inception import InceptionA
+
+    block = InceptionA(3, 4).eval()
+    pool_as_in_2015(block, lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
+    with torch.no_grad():
+        pooled = block(torch.ones(1, 3, 5, 5))[:, -4:]
+    assert torch.allclose(pooled, pooled[..., 2:3, 2:3].expand_as(pooled))
+
+
+def test_other_weights_are_no_inception(tmp_path):
+    path = tmp_path / "other.pth"
+    torch.save({"fc.weight": torch.zeros(10, 4)}, path)
+    with pytest.raises(ValueError, match="other.pth holds no Inception v3"):
+        open_inception(path)
+    with pytest.raises(FileNotFoundError, match="nothing.pth"):
+        open_inception(tmp_path / "nothing.pth")
+
+
+# ---- CLIP ----
+
+
+@pytest.fixture(scope="module")
+def shipped_clip():
+    return open_clip()
+
+
+def test_the_shipped_clip_is_small_and_tells_scenes_apart(shipped_clip):
+    from sdbook.pipeline import model_folders
+
+    folder = model_folders()[-1] / "clip"
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 4e6
+    state = read_weights(folder / "clip.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
+    truth = some_scenes(30)
+    images, texts = [render(s) for s in truth], [s.caption for s in truth]
+    own = clip_score(shipped_clip, images, texts)
+    other = clip_score(shipped_clip, images, texts[1:] + texts[:1])
+    assert (own > other).float().mean() > 0.9
+    assert ((own >= 0) & (own <= 100 + 1e-4)).all() and (other >= 0).all()
+
+
+def test_clip_score_is_the_cosine(shipped_clip):
+    image, text = render(some_scenes(1)[0]), "a red star"
+    clip, tokenizer = shipped_clip.clip, shipped_clip.tokenizer
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        logits = clip(tokenizer([text]), pixels)[0, 0] / clip.logit_scale.exp()
+    score = clip_score(shipped_clip, [image], [text])[0]
+    assert score.item() == pytest.approx(100 * max(logits.item(), 0), abs=1e-3)
+
+
+def test_our_clip_from_a_run_and_back(tmp_path):
+    config = training.CLIPTrainingConfig(
+        output_dir=str(tmp_path / "run"), num_pictures=8, batch_size=4, max_steps=2,
+        warmup_steps=1, vocab_size=540, max_length=48, hidden_size=32,
+        num_hidden_layers=1, num_attention_heads=2, twins=False,
+    )  # fmt: skip
+    training.train_clip(config)
+    clip = open_clip(tmp_path / "run")
+    assert isinstance(clip, OurCLIP) and isinstance(clip.clip, CLIP)
+    clip.save_pretrained(tmp_path / "saved")
+    again = open_clip(tmp_path / "saved")
+    images, texts = [render(s) for s in some_scenes(3)], ["a star", "a fish", "a boat"]
+    assert torch.equal(clip.pictures(images), again.pictures(images))
+    assert torch.equal(clip.texts(texts), again.texts(texts))
+    assert clip.texts(texts).norm(dim=1).sub(1).abs().max() < 1e-5
+
+
+def test_clip_of_transformers(shipped_clip, tmp_path):
+    import transformers
+
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 2}
+    ids = {"bos_token_id": shipped_clip.tokenizer.start_id}
+    ids |= {"eos_token_id": shipped_clip.tokenizer.end_id}
+    text = {"vocab_size": len(shipped_clip.tokenizer), "max_position_embeddings": 24}
+    config = transformers.CLIPConfig(
+        text_config={**size, **text, **ids, "pad_token_id": ids["eos_token_id"]},
+        vision_config={**size, "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
+    theirs = transformers.CLIPModel(config).eval()
+    side = {"height": 32, "width": 32}
+    processor = transformers.CLIPProcessor(
+        transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=side),
+        shipped_clip.tokenizer.backend,
+    )
+    theirs.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+
+    clip = open_clip(tmp_path)
+    assert isinstance(clip, TheirCLIP)
+    images = [Image.fromarray(render(scene)) for scene in some_scenes(3)]
+    texts = ["a red star", "a fish", "two boats above a tree"]
+    inputs = processor(text=texts, images=images, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        logits = theirs(**inputs).logits_per_image / theirs.logit_scale.exp()
+    expected = 100 * logits.diagonal().clamp(min=0)
+    assert torch.allclose(clip_score(clip, images, texts), expected, atol=1e-3)
+
+
+def test_no_clip_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train-clip.*CLIPModel"):
+        open_clip(tmp_path)
+
+
+# ---- real pictures of prompts, and measures ----
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "held_out"])
+def test_imagined_pictures_show_their_prompt(kind):
+    rng = np.random.default_rng(0)
+    for text in prompts(kind, 8):
+        request = read_caption(text)
+        verdict = JUDGE.read(imagine(request, rng))
+        assert satisfies(verdict, request), text
+        assert is_held_out(verdict.things) == (kind == "held_out"), text
+
+
+def test_measures_know_a_painter_from_a_blur(records, shipped_clip):
+    tower = shipped_clip.clip.image_encoder
+    blurred = {
+        kind: [
+            row | {"image": ndimage.gaussian_filter(row["image"], (2, 2, 0))}
+            for row in rows
+        ]
+        for kind, rows in records.items()
+    }
+    good = measure(records, shipped_clip, tower)
+    bad = measure(blurred, shipped_clip, tower)
+    assert list(good) == ["FID", "KID", "CLIP score"]
+    assert bad["FID"]["model"] > 2 * good["FID"]["model"] > good["FID"]["real"] > 0
+    assert bad["KID"]["model"] > good["KID"]["model"]
+    assert bad["CLIP score"]["model"] < good["CLIP score"]["model"]
+    assert good["FID"]["real"] == bad["FID"]["real"]
+    table = measures_table(good)
+    assert table.count("\n| ") == 4 and measures_table({}) == ""
+
+
+def test_mean_distance_and_nearest():
+    points = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])
+    assert mean_distance(points) == pytest.approx(10 / 3)
+    with pytest.raises(ValueError, match="at least 2"):
+        mean_distance(points[:1])
+    training = torch.randn(200, 3000) * 50
+    distances, which = nearest(training[[7, 120]], training)
+    assert distances.tolist() == [0, 0] and which.tolist() == [7, 120]
+
+
+# ---- GenEval's layout ----
+
+BENCH = {
+    "tag": "single_object",
+    "include": [{"class": "bench", "count": 1}],
+    "prompt": "a photo of a bench",
+}
+
+
+class Repeater(StableDiffusion):
+    """Draws grey pictures and remembers what it was asked."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, prompt, num_images_per_prompt=1, **options):
+        self.calls.append((prompt, options))
+        images = [Image.new("RGB", (32, 32), "grey")] * num_images_per_prompt
+        return Pictures(images, [0] * num_images_per_prompt)
+
+
+def test_genevals_tool_finds_its_folders(tmp_path):
+    path = tmp_path / "evaluation_metadata.jsonl"
+    listed = [BENCH, {**BENCH, "prompt": "a photo of a café"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in listed))
+    pipe = Repeater()
+    write_geneval(
+        pipe, read_geneval(path), tmp_path / "out", seed=3, guidance_scale=9.0
+    )
+    assert [prompt for prompt, _ in pipe.calls] == [line["prompt"] for line in listed]
+    assert all(o["seed"] == 3 and o["guidance_scale"] == 9 for _, o in pipe.calls)
+    # read it as evaluation/evaluate_images.py does
+    for number, folder in enumerate(sorted(os.listdir(tmp_path / "out"))):
+        assert folder.isdigit() and int(folder) == number
+        with open(tmp_path / "out" / folder / "metadata.jsonl") as file:
+            assert json.load(file) == listed[number]
+        names = os.listdir(tmp_path / "out" / folder / "samples")
+        assert len(names) == 4 and all(re.match(r"\d+\.png", name) for name in names)
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"prompt": "a dog"}', '"a dog"'])
+def test_a_line_that_geneval_does_not_have(tmp_path, line):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps(BENCH) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match="line 2 of .*prompts.jsonl"):
+        read_geneval(path)
+
+
+# ---- the command, and the trade-offs ----
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    """An untrained model of 64×64 pixels, as a run of `sdbook train` leaves it."""
+    run = tmp_path_factory.mktemp("run")
+    pipe = small_pipeline(channels=(8, 16), vae_channels=(8, 8, 8), image_size=64)
+    pipe.save_pretrained(run / "pipeline")
+    raw = pipe.unet.state_dict()
+    averaged = {key: tensor * 0.5 for key, tensor in raw.items()}
+    torch.save({"step": 7, "model": raw, "ema": averaged}, run / "checkpoint.pt")
+    return run
+
+
+def command(*arguments):
+    main([str(argument) for argument in arguments])
+
+
+@pytest.mark.filterwarnings("ignore:only .* tokens of the prompt fit")
+def test_the_command_measures_and_compares(small_model, tmp_path, capsys):
+    flags = ["evaluate", "--checkpoint_path", small_model / "pipeline"]
+    flags += ["--num_prompts", 1, "--num_inference_steps", 1, "--output_dir"]
+    command(*flags, tmp_path / "one")
+    report = read_report(tmp_path / "one")
+    assert set(report["measures"]) == {"FID", "KID", "CLIP score"}
+    assert report["facts"]["features"] == report["facts"]["clip"] == "clip"
+    command(*flags, tmp_path / "two", "--compare_with", tmp_path / "one")
+    table = (tmp_path / "two" / "comparison.md").read_text()
+    said = capsys.readouterr().out
+    assert table in said and "| 1.000 |" in table and "CLIP score" in said
+
+
+@pytest.mark.filterwarnings("ignore:only .* tokens of the prompt fit")
+def test_the_command_draws_for_geneval(small_model, tmp_path, capsys):
+    listed = tmp_path / "evaluation_metadata.jsonl"
+    listed.write_text(json.dumps(BENCH) + "\n")
+    flags = ["evaluate", "--checkpoint_path", small_model / "pipeline"]
+    flags += ["--geneval_prompts", listed, "--output_dir", tmp_path / "out"]
+    command(*flags, "--num_inference_steps", 1)
+    assert len(list(tmp_path.glob("out/00000/samples/*.png"))) == 4
+    with pytest.raises(SystemExit):
+        command(*flags, "--compare_with", tmp_path)
+    assert "leave out compare_with" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:only .* tokens of the prompt fit")
+def test_the_tradeoffs_are_recorded(small_model, records, tmp_path):
+    tool = load_tool("measure_tradeoffs")
+    few = ["--prompts", "1", "--steps", "1", "--output", str(tmp_path)]
+    model = str(small_model / "pipeline")
+    tool.main(["--model", model, "--pictures", "2", "--scales", "1", "3", *few])
+    guidance = json.loads((tmp_path / "guidance.json").read_text())
+    assert [row["guidance_scale"] for row in guidance["rows"]] == [1, 3]
+    assert all(row["total"] == 7 for row in guidance["rows"])
+    assert guidance["diversity_of_real"] > 0
+
+    tool.main(["--only", "ema", "--ema_run", str(small_model), *few])
+    ema = json.loads((tmp_path / "ema.json").read_text())
+    assert [row["weights"] for row in ema["rows"]] == ["averaged", "raw"]
+    assert "Step 7" in ema["note"] and 0 <= ema["P"] <= 1
+
+    save_report(records, tmp_path / "report")
+    stages = [f"{minutes}={tmp_path / 'report'}" for minutes in (90, 30)]
+    tool.main(["--only", "training", "--stages", *stages, *few])
+    stages = json.loads((tmp_path / "training.json").read_text())
+    assert [row["minutes"] for row in stages["rows"]] == [30, 90]
+    assert stages["rows"][0]["kinds"]["single"] == {"right": 8, "total": 10}
+    with pytest.raises(SystemExit):
+        tool.main(["--only", "ema"])
