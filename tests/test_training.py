@@ -636,6 +636,7 @@ def test_killed_at_random_moments_and_inside_checkpoints(tmp_path):
         ({"caption_dropout": 1.5}, "caption_dropout is 1.5"),
         ({"snr_gamma": -1.0}, "snr_gamma is -1.0"),
         ({"snr_power": 1.5}, "snr_power is 1.5; give a number from 0 to 1"),
+        ({"noisy_share": 1.5}, "noisy_share is 1.5; give a share from 0 to 1"),
         ({"attention_levels": (3,)}, "attention_levels .* give numbers from 0 to 2"),
         ({"unet_channels": (24, 32)}, "do not split into norm_num_groups 16"),
         ({"unet_channels": (16, 32), "num_heads": 3}, "do not split into num_heads 3"),
@@ -1193,3 +1194,17 @@ def test_the_script_trains_ships_and_scores(tmp_path, gpu, capsys):
         tool.main(arguments)
         again = StableDiffusion.from_pretrained(tmp_path / "data" / "models" / "scenes")
         assert same(dict(before), dict(again.unet.state_dict()))
+
+
+def test_timesteps_lean_to_the_noisy_end():
+    place = (torch.arange(1000) + 0.5) / 1000
+    same = training.lean_to_noise(place, 0.0)
+    torch.testing.assert_close(same, place)
+    for share, expected in ((0.2, 0.4), (0.5, 0.625), (1.0, 1.0)):
+        moved = training.lean_to_noise(place, share)
+        assert (moved.diff() >= 0).all() and 0 <= moved[0] and moved[-1] < 1
+        late = (moved >= 0.75).float().mean().item()
+        assert late == pytest.approx(expected, abs=2e-3)
+    moments = torch.zeros(8, 8, 2, 2)
+    t = make_loss(noisy_share=1.0).draw(moments, step_generator(0, 0))[2]
+    assert t.min() >= 750 and len(t.unique()) == 8
