@@ -112,7 +112,7 @@ def main():
     parser.add_argument("--num_pictures", type=int, default=8)
     parser.add_argument("--num_prompts", type=int, default=48)
     parser.add_argument("--num_class_pictures", type=int, default=64)
-    parser.add_argument("--max_steps", type=int, default=400)
+    parser.add_argument("--max_steps", type=int, default=600)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--num_inference_steps", type=int, default=15)
