@@ -35,6 +35,7 @@ __all__ = [
     "LowRank",
     "ATTENTION_MAPS",
     "lora_layers",
+    "HookedPairs",
     "LoRA",
     "LORA_FILE",
     "LORA_PARTS",
@@ -118,14 +119,11 @@ def lora_layers(model: nn.Module, layers: str = "attention") -> dict[str, nn.Mod
     }
 
 
-class LoRA(nn.Module):
-    """Low-rank changes of a model's layers, beside the model (Hu et al., 2021).
+class HookedPairs(nn.Module):
+    """A pair for each of some layers of a model, whose hooks add what the pairs say.
 
-    The model's own tree and weights stay as they are: each layer gets a hook that
-    adds its pair's answer, times `scale`. As a module it holds the pairs alone;
-    called, it is the changed model. `alpha` is `rank` by default. `layers` is for
-    `lora_layers`; `pairs`, by layer, are ready ones in place of new ones. Several
-    LoRAs may change one model. Raises ValueError for a rank below 1.
+    As a module it holds the pairs alone; called, it is the changed model. `pairs`, by
+    layer, are ready ones in place of new ones of this rank and alpha.
     """
 
     def __init__(
@@ -153,7 +151,6 @@ class LoRA(nn.Module):
     def add(self, name: str, pair: LowRank) -> None:
         """Let a pair change the layer of this name."""
         layer = self.model().get_submodule(name)
-        pair.to(layer.weight.device)
 
         def add_change(layer, inputs, output):
             if self.merged:
@@ -162,11 +159,20 @@ class LoRA(nn.Module):
             return output + (self.scale * pair(x)).to(output.dtype)
 
         self.names.append(name)
-        self.pairs.append(pair)
+        self.pairs.append(pair.to(layer.weight.device))
         self.hooks.append(layer.register_forward_hook(add_change))
 
     def forward(self, *inputs) -> Tensor:
         return self.model()(*inputs)
+
+
+class LoRA(HookedPairs):
+    """Low-rank changes of a model's layers, beside the model (Hu et al., 2022).
+
+    The model's own tree and weights stay as they are; each change counts `scale`
+    times alpha / rank. `alpha` is `rank` by default, `layers` is for `lora_layers`.
+    Several LoRAs may change one model. Raises ValueError for a rank below 1.
+    """
 
     def remove(self) -> None:
         """Take the change away; the model is what it was before, bit for bit."""
