@@ -45,6 +45,7 @@ __all__ = [
     "save_lora",
     "read_config",
     "alpha_in",
+    "HALVES",
     "take_pair",
     "load_lora",
     "FinetuningConfig",
@@ -303,16 +304,22 @@ def alpha_in(config: dict, key: str, otherwise: int | float) -> int | float:
     return config.get(f"{part}.lora_alpha", otherwise)
 
 
+# What files call the two halves: PEFT, kohya, and diffusers' own scripts.
+HALVES = (("lora_A", "lora_B"), ("lora_down", "lora_up"))
+HALVES += (("lora.down", "lora.up"),)
+HALVES += (("lora_linear_layer.down", "lora_linear_layer.up"),)
+
+
 def take_pair(layer, key: str, tensors: dict[str, Tensor]) -> LowRank | None:
     """Take a layer's pair out of a file's tensors, or None if it has none.
 
     Where the file names no alpha, it is the rank.
     """
-    kohya = f"{key}.lora_down.weight" in tensors
-    down, up = ("lora_down", "lora_up") if kohya else ("lora_A", "lora_B")
-    down, up = (tensors.pop(f"{key}.{side}.weight", None) for side in (down, up))
-    if down is None or up is None:
+    pairs = [[f"{key}.{half}.weight" for half in halves] for halves in HALVES]
+    found = [pair for pair in pairs if all(name in tensors for name in pair)]
+    if not found:
         return None
+    down, up = (tensors.pop(name) for name in found[0])
     alpha = tensors.pop(f"{key}.alpha", None)
     pair = LowRank(layer, len(down), len(down) if alpha is None else alpha.item())
     for mine, theirs, side in ((pair.down, down, "down"), (pair.up, up, "up")):
@@ -336,7 +343,10 @@ def load_lora(
     """
     path = Path(path)
     path = path / LORA_FILE if path.is_dir() else path
-    tensors, pairs = dict(read_weights(path)), {}
+    pairs, tensors = {}, {  # newer transformers leave text_model out
+        re.sub(r"^text_encoder\.(?!text_model\.)", "text_encoder.text_model.", key): one
+        for key, one in read_weights(path).items()
+    }
     config = read_config(path) if path.suffix == ".safetensors" else {}
     for part in LORA_PARTS:
         model = getattr(pipe, part)
