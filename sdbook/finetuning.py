@@ -343,10 +343,10 @@ def load_lora(
     """
     path = Path(path)
     path = path / LORA_FILE if path.is_dir() else path
-    pairs, tensors = {}, {  # newer transformers leave text_model out
-        re.sub(r"^text_encoder\.(?!text_model\.)", "text_encoder.text_model.", key): one
-        for key, one in read_weights(path).items()
-    }
+    start = r"^text_encoder\.(?!text_model\.)"  # newer transformers' names
+    tensors, pairs = {}, {}
+    for key, tensor in read_weights(path).items():
+        tensors[re.sub(start, "text_encoder.text_model.", key)] = tensor
     config = read_config(path) if path.suffix == ".safetensors" else {}
     for part in LORA_PARTS:
         model = getattr(pipe, part)

@@ -204,14 +204,14 @@ def test_we_load_what_diffusers_saves(pipe, theirs, tmp_path):
     from peft import LoraConfig, get_peft_model_state_dict
 
     given, layers, metadata = inputs(pipe), {}, {}
-    for part, targets in (
-        ("unet", ["to_q", "to_k", "to_v", "to_out.0", "conv1"]),
-        ("text_encoder", ["q_proj", "out_proj"]),
+    for part, targets, pattern in (
+        ("unet", ["to_q", "to_k", "to_v", "to_out.0", "conv1"], {"attn2.to_k": 5}),
+        ("text_encoder", ["q_proj", "out_proj"], {"layers.1.self_attn.q_proj": 7}),
     ):
         model = getattr(theirs, part)
         config = LoraConfig(
             r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False,
-            alpha_pattern={"attn2.to_k": 5, "layers.1.self_attn.q_proj": 7},
+            alpha_pattern=pattern,
         )  # fmt: skip
         model.add_adapter(config)
         state = get_peft_model_state_dict(model)
@@ -361,11 +361,11 @@ def home(tmp_path_factory):
 
 
 def settings(home, kind, **more):
-    return kind(
+    every = dict(
         dataset_path=str(home / "pictures"), pretrained=str(home / "model"),
         batch_size=2, max_steps=4, warmup_steps=1, log_every=2, checkpoint_every=2,
-        **more,
     )  # fmt: skip
+    return kind(**{**every, **more})
 
 
 KINDS = {
@@ -431,8 +431,8 @@ def test_what_was_trained_is_what_the_file_holds(home, tmp_path):
     pipe = train_lora(config)
     other = StableDiffusion.from_pretrained(config.pretrained)
     load_lora(other, tmp_path)
-    given = inputs(pipe)
-    assert torch.equal(answer(pipe, given), answer(other, given))
+    given = inputs(pipe)  # rounding differs: training lays tensors out in another way
+    assert relative_error(answer(other, given), answer(pipe, given)) < 1e-5
 
 
 def test_class_pictures_are_drawn_once_before_the_training(home, tmp_path):
@@ -446,7 +446,8 @@ def test_class_pictures_are_drawn_once_before_the_training(home, tmp_path):
     assert words == ["a boat", "two fish", "a boat"]
     plain = StableDiffusion.from_pretrained(config.pretrained)
     drawn = np.asarray(plain("two fish", seed=1).images[0])
-    np.testing.assert_array_equal(np.asarray(Image.open(files[1])), drawn)
+    kept = np.asarray(Image.open(files[1]))
+    np.testing.assert_allclose(kept.astype(float), drawn, atol=1)
 
 
 def test_the_loss_has_both_halves():
