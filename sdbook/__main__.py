@@ -1,4 +1,4 @@
-"""The command line: `sdbook sample`, `train`, `train-vae`, `train-clip`, `evaluate`."""
+"""The command line: `sdbook sample`, `train`, `train-lora`, `evaluate`, and others."""
 
 import json
 import re
@@ -14,6 +14,8 @@ COMMANDS = {
     "train": "train a UNet on a frozen VAE and text model",
     "train-vae": "train a VAE",
     "train-clip": "train a CLIP text model and its tokenizer",
+    "train-lora": "fine-tune a UNet on a few pictures",
+    "train-word": "teach a text model a new word",
     "evaluate": "score a model's pictures, kind by kind of prompt",
 }
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -65,6 +67,9 @@ def sample(
     mask_path: str | None = None,
     strength: float | None = None,
     tile_size: int | None = None,
+    lora_path: str | None = None,
+    lora_scale: float = 1.0,
+    word_path: str | None = None,
     guidance_scale: float = 3.0,
     num_inference_steps: int = 25,
     scheduler: str | None = None,
@@ -91,6 +96,9 @@ def sample(
         mask_path: a picture that is white where image_path may change.
         strength: how much of image_path to draw anew, up to 1.
         tile_size: decode larger pictures in tiles of so many pixels, to save memory.
+        lora_path: a LoRA to draw with, a folder (as train-lora wrote it) or file.
+        lora_scale: how strongly it changes the model, from 0.
+        word_path: a new word that the prompts may say (as train-word wrote it).
         guidance_scale: how strongly the prompt pulls; 1 is no guidance.
         num_inference_steps: denoising steps.
         scheduler: a sampler's name, such as ddim; the model's own by default.
@@ -105,6 +113,8 @@ def sample(
         raise ValueError(f"output_path {output_path!r} must end in .png")
     if num_images < 1:
         raise ValueError(f"num_images is {num_images}; give at least 1")
+    if lora_path is None and lora_scale != 1:
+        raise ValueError(f"lora_scale {lora_scale} without lora_path; give the LoRA")
     path.parent.mkdir(parents=True, exist_ok=True)
     prompts = [prompt] if isinstance(prompt, str) else prompt
     start = {
@@ -116,6 +126,7 @@ def sample(
     source = {name: value for name, value in source.items() if value is not None}
     pipe = load(checkpoint_path, device, dtype, **source)
     pipe.vae.tile_size = tile_size
+    add_pieces(pipe, lora_path, lora_scale, word_path)
     if scheduler:
         pipe.scheduler = scheduler
     images = pipe(
@@ -143,7 +154,8 @@ def sample(
     }
     further = {"image_path": image_path, "mask_path": mask_path, "strength": strength}
     further |= {"tile_size": tile_size, "variant": variant}
-    further |= {"tokenizer_path": tokenizer_path}
+    further |= {"tokenizer_path": tokenizer_path, "word_path": word_path}
+    further |= {"lora_path": lora_path, "lora_scale": lora_scale if lora_path else None}
     facts |= {name: value for name, value in further.items() if value is not None}
     if grid:
         from sdbook.evaluation import labelled_grid
@@ -155,6 +167,18 @@ def sample(
         tail = f"-{number}" if number else ""
         target = path.with_name(f"{path.stem}{tail}{path.suffix}")
         write_png(image, target, facts | {"prompt": text, "seed": seed + number})
+
+
+def add_pieces(pipe, lora_path, lora_scale, word_path):
+    """What was fine-tuned, where it is given."""
+    if lora_path is None and word_path is None:
+        return
+    from sdbook.finetuning import load_lora, load_word
+
+    if word_path is not None:
+        load_word(pipe, word_path)
+    for lora in load_lora(pipe, lora_path, lora_scale) if lora_path else []:
+        lora.merge()  # one model to draw with: no cost per step
 
 
 def open_picture(path: str):
@@ -303,12 +327,14 @@ def run(command: str, arguments: list[str]):
         options = parser.parse_args(gather_prompts(arguments))
         options.pop("config")
         return function(**options)
-    from sdbook import training
+    from sdbook import finetuning, training
 
     function, config_class = {
         "train": (training.train, training.TrainingConfig),
         "train-vae": (training.train_vae, training.VAETrainingConfig),
         "train-clip": (training.train_clip, training.CLIPTrainingConfig),
+        "train-lora": (finetuning.train_lora, finetuning.LoRATrainingConfig),
+        "train-word": (finetuning.train_word, finetuning.WordTrainingConfig),
     }[command]
     parser.add_class_arguments(config_class, as_group=False)
     switches = [

@@ -20,6 +20,14 @@ import sdbook
 from sdbook import StableDiffusion
 from sdbook.__main__ import COMMANDS, gather_prompts, main, open_picture
 from sdbook.data import Scenes, write_folder
+from sdbook.finetuning import (
+    LoRA,
+    LoRATrainingConfig,
+    WordTrainingConfig,
+    add_word,
+    save_lora,
+    save_word,
+)
 from sdbook.training import (
     CLIPTrainingConfig,
     TrainingConfig,
@@ -50,6 +58,22 @@ def draw(model, tmp_path):
         return path
 
     return draw
+
+
+@pytest.fixture(scope="module")
+def pieces(model, tmp_path_factory):
+    """A LoRA and a new word for the model, saved."""
+    folder, pipe = (
+        tmp_path_factory.mktemp("pieces"),
+        StableDiffusion.from_pretrained(model),
+    )
+    lora = LoRA(pipe.unet)
+    for pair in lora.pairs:
+        torch.nn.init.ones_(pair.up.weight)
+    save_lora(folder / "lora", lora)
+    add_word(pipe, "<new>")
+    save_word(folder / "word", pipe, "<new>")
+    return {"lora": folder / "lora", "word": folder / "word"}
 
 
 def refused(capsys, arguments) -> str:
@@ -109,6 +133,20 @@ def test_in_a_process_of_its_own(model, tmp_path):
 # ---- pictures that can be made again ----
 
 
+def test_a_lora_and_a_word_change_the_picture(draw, pieces):
+    def pixels(*flags):
+        return np.asarray(Image.open(draw(*flags, prompt=["a <new> star"])))
+
+    plain = pixels()
+    assert (pixels("--lora_path", str(pieces["lora"])) != plain).any()
+    assert (pixels("--word_path", str(pieces["word"])) != plain).any()
+
+
+def test_a_scale_without_a_lora_is_refused(capsys):
+    said = refused(capsys, ["sample", "--prompt", "a", "--lora_scale", "0.5"])
+    assert "lora_scale 0.5 without lora_path" in said
+
+
 def test_a_picture_says_how_it_was_made(draw, model):
     text = Image.open(draw("--seed", "7", "--guidance_scale", "2.5")).text
     assert text["prompt"] == "a red star"
@@ -131,11 +169,12 @@ def test_a_picture_says_how_it_was_made(draw, model):
         ["--height", "24", "--width", "40", "--tile_size", "16"],
         ["--image_path", "{picture}", "--strength", "0.6"],
         ["--image_path", "{picture}", "--mask_path", "{mask}"],
+        ["--lora_path", "{lora}", "--lora_scale", "0.5", "--word_path", "{word}"],
     ],
-    ids="plain negative others solver bfloat16 oblong image mask".split(),
+    ids="plain negative others solver bfloat16 oblong image mask pieces".split(),
 )
-def test_the_metadata_make_the_same_picture_again(draw, tmp_path, flags):
-    files = {name: tmp_path / f"{name}.png" for name in ("picture", "mask")}
+def test_the_metadata_make_the_same_picture_again(draw, tmp_path, flags, pieces):
+    files = {name: tmp_path / f"{name}.png" for name in ("picture", "mask")} | pieces
     Image.radial_gradient("L").save(files["mask"])
     Image.radial_gradient("L").convert("RGB").resize((40, 32)).save(files["picture"])
     flags = [flag.format(**files) for flag in flags]
@@ -323,6 +362,8 @@ def test_a_config_that_is_not_there_or_not_yaml(tmp_path, capsys):
         ("one-gpu", "train", TrainingConfig),
         ("several-gpus", "train", TrainingConfig),
         ("continue-sd15", "train", TrainingConfig),
+        ("lora", "train-lora", LoRATrainingConfig),
+        ("word", "train-word", WordTrainingConfig),
     ],
 )
 def test_shipped_configs_parse(name, command, config_class, capsys):

@@ -1,0 +1,697 @@
+"""Fine-tuning: make it yours
+
+Generated from chapters/12_fine_tuning.ipynb; do not edit.
+"""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from jaxtyping import Float, Int64
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from .data import CaptionedImages
+from .pipeline import StableDiffusion
+from .training import (
+    DiffusionLoss,
+    Encoded,
+    RunConfig,
+    as_it_is,
+    is_main_process,
+    open_dataset,
+    optimise,
+)
+from .weights import WeightsError, read_weights, write_atomically
+
+__all__ = [
+    "LowRank",
+    "ATTENTION_MAPS",
+    "lora_layers",
+    "HookedPairs",
+    "LoRA",
+    "LORA_FILE",
+    "LORA_PARTS",
+    "part_of",
+    "stem",
+    "lora_config",
+    "save_lora",
+    "read_config",
+    "alpha_in",
+    "HALVES",
+    "take_pair",
+    "load_lora",
+    "FinetuningConfig",
+    "open_model",
+    "encode",
+    "loss_for",
+    "LoRATrainingConfig",
+    "draw_class",
+    "Both",
+    "PriorLoss",
+    "train_lora",
+    "add_word",
+    "NewWords",
+    "WORD_FILE",
+    "save_word",
+    "load_word",
+    "WordTrainingConfig",
+    "Worded",
+    "train_word",
+]
+
+
+class LowRank(nn.Module):
+    """A change of one layer through a bottleneck: `up(down(x)) · alpha / rank`.
+
+    Takes what the layer takes and gives what the layer gives; it starts as zero,
+    because `up` does. From Hu et al. (2022), section 4.1.
+    """
+
+    def __init__(self, layer: nn.Module, rank: int, alpha: int | float):
+        super().__init__()
+        self.rank, self.alpha = rank, alpha
+        if isinstance(layer, nn.Conv2d):
+            self.down = nn.Conv2d(
+                layer.in_channels, rank, layer.kernel_size, layer.stride,
+                layer.padding, bias=False,
+            )  # fmt: skip
+            self.up = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
+        else:
+            self.down = nn.Linear(layer.in_features, rank, bias=False)
+            self.up = nn.Linear(rank, layer.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x)) * (self.alpha / self.rank)
+
+    def change(self) -> Tensor:
+        """What this adds to the layer's weight, in that weight's shape."""
+        up, down = self.up.weight, self.down.weight
+        product = up.flatten(1) @ down.flatten(1) * (self.alpha / self.rank)
+        return product.view(len(up), *down.shape[1:])
+
+
+# The four maps of an attention, as UNet and text encoder call them.
+ATTENTION_MAPS = (".to_q", ".to_k", ".to_v", ".to_out.0")
+ATTENTION_MAPS += (".q_proj", ".k_proj", ".v_proj", ".out_proj")
+
+
+def lora_layers(model: nn.Module, layers: str = "attention") -> dict[str, nn.Module]:
+    """The layers to change, by name.
+
+    "attention" are the linear maps of every attention, "all" every linear and
+    convolution layer. Raises ValueError for another word.
+    """
+    if layers not in ("attention", "all"):
+        raise ValueError(f"layers {layers!r}: choose one of attention, all")
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and (layers == "all" or name.endswith(ATTENTION_MAPS))
+    }
+
+
+class HookedPairs(nn.Module):
+    """A pair for each of some layers of a model, whose hooks add what the pairs say.
+
+    As a module it holds the pairs alone; called, it is the changed model. `pairs`, by
+    layer, are ready ones in place of new ones of this rank and alpha.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rank: int = 4,
+        alpha: int | float | None = None,
+        layers: str = "attention",
+        scale: int | float = 1.0,
+        pairs: dict[str, LowRank] | None = None,
+    ):
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"rank is {rank}; give at least 1")
+        self.scale, self.merged = scale, []
+        # Behind a function, the model is no part of this module or of its copies.
+        self.model = lambda: model
+        self.names, self.pairs, self.hooks = [], nn.ModuleList(), []
+        if pairs is None:
+            alpha, chosen = alpha or rank, lora_layers(model, layers)
+            pairs = {name: LowRank(one, rank, alpha) for name, one in chosen.items()}
+        for name, pair in pairs.items():
+            self.add(name, pair)
+
+    def add(self, name: str, pair: LowRank) -> None:
+        """Let a pair change the layer of this name."""
+        layer = self.model().get_submodule(name)
+
+        def add_change(layer, inputs, output):
+            if self.merged:
+                return output
+            x = inputs[0].to(pair.down.weight.dtype)
+            return output + (self.scale * pair(x)).to(output.dtype)
+
+        self.names.append(name)
+        self.pairs.append(pair.to(layer.weight.device))
+        self.hooks.append(layer.register_forward_hook(add_change))
+
+    def forward(self, *inputs) -> Tensor:
+        return self.model()(*inputs)
+
+
+class LoRA(HookedPairs):
+    """Low-rank changes of a model's layers, beside the model (Hu et al., 2022).
+
+    The model's own tree and weights stay as they are; each change counts `scale`
+    times alpha / rank. `alpha` is `rank` by default, `layers` is for `lora_layers`.
+    Several LoRAs may change one model. Raises ValueError for a rank below 1.
+    """
+
+    def remove(self) -> None:
+        """Take the change away; the model is what it was before, bit for bit."""
+        self.unmerge()
+        for hook in self.hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put the change into the model's weights: no cost per call any more.
+
+        The old weights are kept aside. Raises ValueError if it is merged already.
+        """
+        if self.merged:
+            raise ValueError("this LoRA is merged already; unmerge it first")
+        for name, pair in zip(self.names, self.pairs, strict=True):
+            layer = self.model().get_submodule(name)
+            old = layer.weight
+            new = old.float() + self.scale * pair.change().float()
+            layer.weight = nn.Parameter(new.to(old.dtype), old.requires_grad)
+            self.merged.append((layer, old, layer.weight))
+
+    def unmerge(self) -> None:
+        """Put the old weights back, bit for bit.
+
+        Raises ValueError if the weights were exchanged since, as by another merge.
+        """
+        if any(layer.weight is not new for layer, _, new in self.merged):
+            raise ValueError(
+                "the model's weights were exchanged after this LoRA was merged; "
+                "unmerge the one that was merged last first"
+            )
+        for layer, old, new in self.merged:
+            old.data = old.data.to(new)  # the model may have been moved since
+            layer.weight = old
+        self.merged = []
+
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks in a folder
+# A pipeline's parts that can have a LoRA; and what kohya's files call them.
+LORA_PARTS = {"unet": "lora_unet", "text_encoder": "lora_te"}
+
+
+def part_of(model: nn.Module) -> str:
+    """What a pipeline calls this model: "unet" or "text_encoder"."""
+    return "unet" if model.diffusers_class == "UNet2DConditionModel" else "text_encoder"
+
+
+def stem(model: nn.Module, name: str, kohya: bool) -> str:
+    """What a file calls one layer of a model.
+
+    As `unet.mid_block.attentions.0.…` in diffusers' files, `lora_unet_mid_block_…`
+    in kohya's, which say underscore for dot.
+    """
+    layer = model.get_submodule(name)
+    (key,) = model.rename_on_save({name: layer.weight})
+    part = part_of(model)
+    if kohya:
+        return f"{LORA_PARTS[part]}_{key}".replace(".", "_")
+    return f"{part}.{key}"
+
+
+def lora_config(lora: LoRA) -> dict:
+    """Ranks and alphas as PEFT's LoraConfig has them; the file's metadata hold it."""
+    config = {"target_modules": lora.names}
+    for entry, pattern, values in (
+        ("r", "rank_pattern", [pair.rank for pair in lora.pairs]),
+        ("lora_alpha", "alpha_pattern", [pair.alpha for pair in lora.pairs]),
+    ):
+        (most, _), *_ = Counter(values).most_common(1)
+        others = zip(lora.names, values, strict=True)
+        config[entry] = most
+        config[pattern] = {name: value for name, value in others if value != most}
+    part = part_of(lora.model())
+    return {f"{part}.{key}": value for key, value in config.items()}
+
+
+def save_lora(path: str | Path, *loras: LoRA, kohya: bool = False) -> None:
+    """Write LoRAs of a UNet, of a text encoder, or of both into one file.
+
+    `path` is a .safetensors file or a folder. The layout is diffusers' (with PEFT's
+    config) or kohya's. `scale` is not written: it belongs to the user. Raises
+    ValueError for two LoRAs of the same model.
+    """
+    path, tensors, config = Path(path), {}, {}
+    path = path if path.suffix == ".safetensors" else path / LORA_FILE
+    parts = [part_of(lora.model()) for lora in loras]
+    if len(set(parts)) != len(parts) or not parts:
+        raise ValueError(
+            f"LoRAs of {', '.join(parts) or 'nothing'}; a file holds at most one of "
+            "each of unet, text_encoder"
+        )
+    for lora in loras:
+        config |= lora_config(lora)
+        for name, pair in zip(lora.names, lora.pairs, strict=True):
+            key = stem(lora.model(), name, kohya)
+            down, up = ("lora_down", "lora_up") if kohya else ("lora_A", "lora_B")
+            tensors[f"{key}.{down}.weight"] = pair.down.weight
+            tensors[f"{key}.{up}.weight"] = pair.up.weight
+            if kohya:
+                tensors[f"{key}.alpha"] = torch.tensor(float(pair.alpha))
+    tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    facts = {} if kohya else {"lora_adapter_metadata": json.dumps(config)}
+    facts["format"] = "pt"
+    write_atomically(path, lambda file: save_file(tensors, file, facts))
+
+
+def read_config(path: Path) -> dict:
+    """PEFT's config in a LoRA file of diffusers; empty without one."""
+    with safe_open(path, framework="pt") as file:
+        facts = file.metadata() or {}
+    config = json.loads(facts.get("lora_adapter_metadata", "{}"))
+    for key, value in config.items():
+        if key.endswith((".use_rslora", ".use_dora")) and value:
+            raise WeightsError(
+                f"{path} was made with {key}, another method than LoRA; train it "
+                "again without, or merge it in the program that made it"
+            )
+    return config
+
+
+def alpha_in(config: dict, key: str, otherwise: int | float) -> int | float:
+    """The alpha of the layer that the file calls `key`, by PEFT's config."""
+    part = key.split(".")[0]
+    for pattern, alpha in config.get(f"{part}.alpha_pattern", {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", key):
+            return alpha
+    return config.get(f"{part}.lora_alpha", otherwise)
+
+
+# What files call the two halves: PEFT, kohya, and diffusers' own scripts.
+HALVES = (("lora_A", "lora_B"), ("lora_down", "lora_up"))
+HALVES += (("lora.down", "lora.up"),)
+HALVES += (("lora_linear_layer.down", "lora_linear_layer.up"),)
+
+
+def take_pair(layer, key: str, tensors: dict[str, Tensor]) -> LowRank | None:
+    """Take a layer's pair out of a file's tensors, or None if it has none.
+
+    Where the file names no alpha, it is the rank.
+    """
+    pairs = [[f"{key}.{half}.weight" for half in halves] for halves in HALVES]
+    found = [pair for pair in pairs if all(name in tensors for name in pair)]
+    if not found:
+        return None
+    down, up = (tensors.pop(name) for name in found[0])
+    alpha = tensors.pop(f"{key}.alpha", None)
+    pair = LowRank(layer, len(down), len(down) if alpha is None else alpha.item())
+    for mine, theirs, side in ((pair.down, down, "down"), (pair.up, up, "up")):
+        if mine.weight.shape != theirs.shape:
+            raise WeightsError(
+                f"{key}: its {side} matrix is {tuple(theirs.shape)}, but this model "
+                f"needs {tuple(mine.weight.shape)}; use the model it was made for"
+            )
+        mine.weight.data.copy_(theirs)
+    return pair
+
+
+def load_lora(
+    pipe: StableDiffusion, path: str | Path, scale: int | float = 1.0
+) -> list[LoRA]:
+    """Let a LoRA file change a pipeline; one LoRA for each model that it changes.
+
+    Reads diffusers' layout (a folder or file) and kohya's. Raises FileNotFoundError,
+    and WeightsError for a file that does not belong to the pipeline, before anything
+    is changed.
+    """
+    path = Path(path)
+    path = path / LORA_FILE if path.is_dir() else path
+    start = r"^text_encoder\.(?!text_model\.)"  # newer transformers' names
+    tensors, pairs = {}, {}
+    for key, tensor in read_weights(path).items():
+        tensors[re.sub(start, "text_encoder.text_model.", key)] = tensor
+    config = read_config(path) if path.suffix == ".safetensors" else {}
+    for part in LORA_PARTS:
+        model = getattr(pipe, part)
+        for name, layer in lora_layers(model, "all").items():
+            for kohya in (False, True):
+                key = stem(model, name, kohya)
+                if pair := take_pair(layer, key, tensors):
+                    pair.alpha = alpha_in(config, key, pair.alpha)
+                    pairs.setdefault(part, {})[name] = pair
+    if tensors or not pairs:
+        some = ", ".join(list(tensors)[:5])
+        raise WeightsError(
+            f"{path} holds {len(tensors)} tensors that fit nothing here ({some}); give "
+            "a LoRA for this model, with names such as unet.….lora_A.weight "
+            "(diffusers) or lora_unet_….lora_down.weight (kohya)"
+        )
+    return [
+        LoRA(getattr(pipe, part), scale=scale, pairs=found)
+        for part, found in pairs.items()
+    ]
+
+
+@dataclass(frozen=True)
+class FinetuningConfig(RunConfig):
+    """What every fine-tuning needs to know, besides what every training does.
+
+    Attributes:
+        pretrained: the model to start from: a shipped one's name, a folder, a hub id.
+        caption_dropout: share of captions replaced by "" (for guidance).
+        snr_gamma: min-SNR weighting (Hang et al., 2023); 0 for none.
+    """
+
+    dataset_path: str = "my-pictures"
+    batch_size: int = 8
+    max_steps: int = 400
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    ema_decay: float = 0.0
+    pretrained: str = "scenes"
+    caption_dropout: float = 0.1
+    snr_gamma: float = 5.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(
+                f"caption_dropout is {self.caption_dropout}; give a share from 0 to 1"
+            )
+        if self.snr_gamma < 0:
+            raise ValueError(f"snr_gamma is {self.snr_gamma}; give 0 (none) or more")
+
+
+def open_model(config: FinetuningConfig) -> StableDiffusion:
+    """The model to fine-tune, frozen, on this process's device."""
+    pipe = StableDiffusion.from_pretrained(config.pretrained).to(PartialState().device)
+    for model in (pipe.vae, pipe.text_encoder, pipe.unet):
+        model.to(memory_format=torch.channels_last).requires_grad_(False)
+    return pipe
+
+
+def encode(config, pipe: StableDiffusion, dataset: Dataset, name: str) -> Encoded:
+    """A dataset's latents and text states, once, in `output_dir/name`."""
+    return Encoded(
+        dataset, pipe.vae, pipe.text_encoder, pipe.tokenizer,
+        Path(config.output_dir) / name, config.num_workers,
+    )  # fmt: skip
+
+
+def loss_for(config, pipe: StableDiffusion) -> DiffusionLoss:
+    """Chapter 8's loss, with the noise schedule and the scale of a given model."""
+    empty = pipe.encode_prompt([""])[0].float()
+    return DiffusionLoss(
+        pipe.scheduler, pipe.vae.config.scaling_factor, empty,
+        config.caption_dropout, config.snr_gamma,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoRATrainingConfig(FinetuningConfig):
+    """Fine-tune a UNet on a few pictures, with LoRA or whole: `sdbook train-lora`.
+
+    Attributes:
+        rank: of the change of each layer; 0 trains the UNet itself.
+        alpha: the change counts alpha / rank; none given: the rank.
+        layers: "attention", or "all" linear and convolution layers.
+        class_prompts: what to keep: the model draws these before, and is trained on
+            its own pictures as well (DreamBooth's prior preservation).
+        num_class_pictures: how many of these pictures.
+        prior_weight: how much they count, against 1 for the new ones.
+    """
+
+    output_dir: str = "runs/lora"
+    rank: int = 4
+    alpha: float | None = None
+    layers: str = "attention"
+    class_prompts: tuple[str, ...] = ()
+    num_class_pictures: int = 100
+    prior_weight: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        lora_layers(nn.Module(), self.layers)  # refuses what is no choice
+        for name in ("rank", "prior_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
+        if self.num_class_pictures < 1:
+            raise ValueError(
+                f"num_class_pictures is {self.num_class_pictures}; give at least 1"
+            )
+
+
+def draw_class(config: LoRATrainingConfig, pipe: StableDiffusion) -> CaptionedImages:
+    """What the model draws before it is changed, each picture beside its prompt.
+
+    In `output_dir/class`; pictures that are there already stay.
+    """
+    folder = Path(config.output_dir) / "class"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(config.num_class_pictures if is_main_process() else 0):
+        path = folder / f"{number:05}.png"
+        prompt = config.class_prompts[number % len(config.class_prompts)]
+        words = path.with_suffix(".txt")
+        if path.exists() and words.exists() and words.read_text() == prompt:
+            continue
+        image = pipe(prompt, seed=config.seed + number, progress=False).images[0]
+        write_atomically(path, lambda file: image.save(file, "PNG"))  # noqa: B023
+        words.write_text(prompt)
+    PartialState().wait_for_everyone()
+    return CaptionedImages(folder, config.image_size)
+
+
+class Both(Dataset):
+    """New pictures and class pictures, as many of each in every batch."""
+
+    def __init__(self, new: Encoded, prior: Encoded):
+        self.new, self.prior = new, prior
+
+    def __len__(self) -> int:
+        return max(len(self.new), len(self.prior))
+
+    def __getitems__(self, indices: list[int]) -> tuple:
+        return tuple(
+            half.__getitems__([index % len(half) for index in indices])
+            for half in (self.new, self.prior)
+        )
+
+
+class PriorLoss:
+    """The loss of the new pictures, plus `weight` times that of the class pictures.
+
+    From Ruiz et al. (2023), eq. 2.
+    """
+
+    def __init__(self, loss, weight: int | float):
+        self.loss, self.weight = loss, weight
+
+    def __call__(self, unet, batch, generator, *share):
+        new, prior = batch
+        loss, numbers = self.loss(unet, new, generator, *share)
+        kept, _ = self.loss(unet, prior, generator, *share)
+        return loss + self.weight * kept, numbers | {"new": loss, "prior": kept}
+
+
+def train_lora(config: LoRATrainingConfig) -> StableDiffusion:
+    """Fine-tune a UNet and return the changed pipeline.
+
+    Writes `output_dir/pytorch_lora_weights.safetensors`, or with rank 0 the whole
+    `output_dir/pipeline`. Errors and resuming are those of `optimise`.
+    """
+    dataset, pipe = open_dataset(config), open_model(config)
+    encoded, loss = encode(config, pipe, dataset, "cache"), loss_for(config, pipe)
+    if config.class_prompts:
+        kept = encode(config, pipe, draw_class(config, pipe), "class-cache")
+        encoded, loss = Both(encoded, kept), PriorLoss(loss, config.prior_weight)
+    torch.manual_seed(config.seed)  # here: filling the cache may have drawn numbers
+    module = pipe.unet.requires_grad_(not config.rank)
+    if config.rank:
+        module = LoRA(pipe.unet, config.rank, config.alpha, config.layers)
+    trained = optimise(config, module, encoded, loss, collate=as_it_is)
+    module.load_state_dict(trained.state_dict())
+    pipe.unet.eval()
+    if is_main_process() and config.rank:
+        save_lora(config.output_dir, module)
+    elif is_main_process():
+        pipe.save_pretrained(Path(config.output_dir) / "pipeline")
+    return pipe
+
+
+def add_word(pipe: StableDiffusion, word: str, like: str | None = None) -> int:
+    """Teach a pipeline's tokenizer a new word and give it a row; returns its number.
+
+    The row starts as that of the word `like`, or as the mean of all rows. Raises
+    ValueError for a word that is known, or a `like` that is not one token.
+    """
+    backend, text_encoder = pipe.tokenizer.backend, pipe.text_encoder
+    table = text_encoder.embeddings.token_embedding.weight.detach()
+    row = table.mean(0)
+    if like is not None:
+        ids = backend(like, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise ValueError(
+                f"{like!r} is {len(ids)} tokens; give a word that is one, such as a "
+                "common one for what you teach"
+            )
+        row = table[ids[0]]
+    if not backend.add_tokens(word):
+        raise ValueError(f"the tokenizer knows {word!r} already; choose another word")
+    number = backend.convert_tokens_to_ids(word)
+    table = torch.cat([table[:number], row[None], table[number + 1 :]])
+    embedding = nn.Embedding.from_pretrained(table)  # frozen
+    text_encoder.embeddings.token_embedding = embedding
+    text_encoder.config = replace(text_encoder.config, vocab_size=len(table))
+    return number
+
+
+class NewWords(nn.Module):
+    """Rows of the token embedding to be trained, beside the text model.
+
+    As a module it holds these rows alone; called with token ids (b, n), it gives the
+    text model's states (b, n, d) with them. `write` puts them into the model. From
+    Gal et al. (2023).
+    """
+
+    def __init__(self, text_encoder: nn.Module, numbers: list[int]):
+        super().__init__()
+        self.text_encoder = lambda: text_encoder
+        self.numbers = numbers
+        table = text_encoder.embeddings.token_embedding.weight
+        self.rows = nn.Parameter(table[numbers].detach().clone())
+
+    def forward(self, ids: Int64[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+        def exchange(embedding, inputs, found):
+            for number, row in zip(self.numbers, self.rows, strict=True):
+                found = torch.where((inputs[0] == number)[..., None], row, found)
+            return found
+
+        embedding = self.text_encoder().embeddings.token_embedding
+        hook = embedding.register_forward_hook(exchange)
+        try:
+            return self.text_encoder()(ids)
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Put the rows into the text model's table."""
+        table = self.text_encoder().embeddings.token_embedding.weight
+        table[self.numbers] = self.rows.to(table)
+
+
+WORD_FILE = "learned_embeds.safetensors"  # where diffusers looks in a folder
+
+
+def save_word(path: str | Path, pipe: StableDiffusion, word: str) -> None:
+    """Write a word and its row as diffusers does: `{word: (1, d)}`.
+
+    `path` is a .safetensors file or a folder. Raises ValueError for a word that the
+    pipeline was not taught.
+    """
+    path = Path(path)
+    path = path if path.suffix == ".safetensors" else path / WORD_FILE
+    if word not in (words := pipe.tokenizer.backend.get_added_vocab()):
+        raise ValueError(f"{word!r} is no added word; there are {', '.join(words)}")
+    table = pipe.text_encoder.embeddings.token_embedding.weight
+    row = table[words[word]].detach().cpu()[None].contiguous()
+    write_atomically(path, lambda file: save_file({word: row}, file, {"format": "pt"}))
+
+
+def load_word(pipe: StableDiffusion, path: str | Path, word: str | None = None) -> str:
+    """Teach a pipeline the word of a file (or folder), or call it `word`.
+
+    Raises FileNotFoundError, ValueError for a word that is known, and WeightsError
+    for what is not one row as wide as the text model.
+    """
+    path = Path(path)
+    path = path / WORD_FILE if path.is_dir() else path
+    tensors = read_weights(path)
+    width = pipe.text_encoder.config.hidden_size
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if len(tensors) != 1 or [*found.values()][0] not in ((width,), (1, width)):
+        raise WeightsError(
+            f"{path} holds {found}, but one word with one row of {width} is expected; "
+            "give a word that was trained for this text model"
+        )
+    ((name, row),) = tensors.items()
+    number = add_word(pipe, word or name)
+    table = pipe.text_encoder.embeddings.token_embedding.weight
+    table[number] = row.reshape(width).to(table)
+    return word or name
+
+
+@dataclass(frozen=True)
+class WordTrainingConfig(FinetuningConfig):
+    """Teach a text model a new word for a few pictures: `sdbook train-word`.
+
+    Attributes:
+        word: the new word; the captions of the pictures say it.
+        like: a known word to start from, of one token; none: the mean of all.
+    """
+
+    output_dir: str = "runs/word"
+    learning_rate: float = 5e-3
+    word: str = "<new>"
+    like: str | None = None
+    caption_dropout: float = 0.0
+
+
+class Worded(Dataset):
+    """Latents with the token ids of their captions, in whole batches."""
+
+    def __init__(self, encoded: Encoded, ids: Int64[Tensor, "m n"]):
+        self.encoded, self.ids = encoded, ids
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return self.encoded.__getitems__(indices)[0], self.ids[indices]
+
+
+def train_word(config: WordTrainingConfig) -> StableDiffusion:
+    """Train one new row of the token embedding; returns the pipeline that knows it.
+
+    Writes `output_dir/learned_embeds.safetensors`. Raises ValueError for captions
+    without the word. Errors and resuming are those of `optimise`.
+    """
+    dataset, pipe = open_dataset(config), open_model(config)
+    number = add_word(pipe, config.word, config.like)
+    ids = pipe.tokenizer([dataset[i][1] for i in range(len(dataset))])
+    without = int((ids != number).all(1).sum())
+    if without:
+        raise ValueError(
+            f"{without} of {len(ids)} captions in {config.dataset_path} do not say "
+            f"{config.word!r}; write it where it belongs"
+        )
+    encoded, loss = encode(config, pipe, dataset, "cache"), loss_for(config, pipe)
+    words = NewWords(pipe.text_encoder, [number])
+
+    def loss_of(words, batch, generator, *share):
+        moments, ids = batch
+        states = words(ids.to(generator.device))
+        return loss(pipe.unet, (moments, states), generator, *share)
+
+    trained = optimise(config, words, Worded(encoded, ids), loss_of, collate=as_it_is)
+    words.load_state_dict(trained.state_dict())
+    words.write()
+    if is_main_process():
+        save_word(config.output_dir, pipe, config.word)
+    return pipe
