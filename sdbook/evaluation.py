@@ -507,12 +507,7 @@ class OurCLIP:
         """Open what `save_pretrained` wrote, or the output of `sdbook train-clip`."""
         folder = Path(folder)
         text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
-        if (folder / "clip.safetensors").is_file():
-            state = read_weights(folder / "clip.safetensors")
-        else:
-            path = folder / "checkpoint.pt"
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            state = saved["ema"] or saved["model"]
+        state = read_weights(folder / "clip.safetensors")
         state |= {f"text_encoder.{k}": t for k, t in text_encoder.state_dict().items()}
         width = len(state["image_encoder.final_layer_norm.weight"])
         cells = state["image_encoder.row.weight"].shape[1] // (width // 4)
@@ -576,8 +571,7 @@ def open_clip(name: str | Path = "clip") -> OurCLIP | TheirCLIP:
     Raises FileNotFoundError, naming the three, for anything else.
     """
     for folder in (Path(name), *(folder / name for folder in model_folders())):
-        ours = ("clip.safetensors", "checkpoint.pt")
-        if any((folder / file).is_file() for file in ours):
+        if (folder / "clip.safetensors").is_file():
             return OurCLIP.from_pretrained(folder)
         if (folder / "preprocessor_config.json").is_file() or (
             folder / "processor_config.json"

@@ -1268,10 +1268,10 @@ def stages_of_vgg(path: Path) -> list[nn.Module]:
 
 def stages_of_tower(folder: Path) -> list[nn.Module]:
     """The stages of the picture tower that train-clip left in a folder."""
-    state = read_weights(folder / "image_encoder" / "model.safetensors")
-    width = state["stem.2.weight"].shape[0]
-    tower = ImageTower(8, width)
-    stem = {key: value for key, value in state.items() if key.startswith("stem.")}
+    state = read_weights(folder / "clip.safetensors").items()
+    tower = {k.removeprefix("image_encoder."): t for k, t in state}
+    stem = {key: value for key, value in tower.items() if key.startswith("stem.")}
+    tower = ImageTower(8, width=len(stem["stem.2.weight"]))
     tower.load_state_dict(stem, strict=False)
     return [tower.stem[0], *(nn.Sequential(QuickGELU(), c) for c in tower.stem[1:])]
 
@@ -1684,7 +1684,7 @@ def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel | None:
     """Train text and picture towers to agree; save text model and tokenizer.
 
     Says the plan first; with `dry_run` that is all. Writes `text_encoder`,
-    `tokenizer` and `image_encoder` (for `PerceptualDistance`) to `output_dir`. With
+    `tokenizer` and `clip.safetensors` (the rest) to `output_dir`. With
     several processes, or parts of a batch, each compares its own pictures alone.
     """
     make_accelerator(config)
@@ -1716,8 +1716,9 @@ def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel | None:
     if is_main_process():
         clip.text_encoder.save_pretrained(Path(config.output_dir) / "text_encoder")
         tokenizer.save_pretrained(Path(config.output_dir) / "tokenizer")
-        tower = Path(config.output_dir) / "image_encoder" / "model.safetensors"
-        save_weights(clip.image_encoder.state_dict(), tower)
+        state = clip.state_dict().items()
+        rest = {key: t for key, t in state if not key.startswith("text_encoder.")}
+        save_weights(rest, Path(config.output_dir) / "clip.safetensors")
     return clip.text_encoder
 
 

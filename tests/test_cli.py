@@ -413,6 +413,7 @@ def test_a_folder_with_a_broken_picture_or_caption(tmp_path, capsys, workers):
     write_folder(Scenes(64), folder, 3)
     flags = ["train-vae", "--dataset_path", folder, "--output_dir", tmp_path / "run"]
     flags += ["--batch_size", 3, "--max_steps", 1, "--num_workers", workers]
+    flags += ["--on_error", "raise"]
     for name, data, words in (
         ("images/00001.png", b"no picture", ("00001.png", "mend or remove")),
         ("captions/00001.txt", "grün".encode("latin-1"), ("00001.txt:1", "iconv")),

@@ -891,10 +891,12 @@ def small_model(tmp_path_factory):
     """An untrained model of 64×64 pixels, as a run of `sdbook train` leaves it."""
     run = tmp_path_factory.mktemp("run")
     pipe = small_pipeline(channels=(8, 16), vae_channels=(8, 8, 8), image_size=64)
-    pipe.save_pretrained(run / "pipeline")
+    pipe.save_pretrained(run)
     raw = pipe.unet.state_dict()
     averaged = {key: tensor * 0.5 for key, tensor in raw.items()}
-    torch.save({"step": 7, "model": raw, "ema": averaged}, run / "checkpoint.pt")
+    (run / "checkpoints").mkdir()
+    checkpoint = run / "checkpoints" / "step-00000007.pt"
+    torch.save({"step": 7, "model": raw, "ema": averaged}, checkpoint)
     return run
 
 
@@ -904,7 +906,7 @@ def command(*arguments):
 
 @pytest.mark.filterwarnings("ignore:only .* tokens of the prompt fit")
 def test_the_command_measures_and_compares(small_model, tmp_path, capsys):
-    flags = ["evaluate", "--checkpoint_path", small_model / "pipeline"]
+    flags = ["evaluate", "--checkpoint_path", small_model]
     flags += ["--num_prompts", 1, "--num_inference_steps", 1, "--output_dir"]
     command(*flags, tmp_path / "one")
     report = read_report(tmp_path / "one")
@@ -920,7 +922,7 @@ def test_the_command_measures_and_compares(small_model, tmp_path, capsys):
 def test_the_command_draws_for_geneval(small_model, tmp_path, capsys):
     listed = tmp_path / "evaluation_metadata.jsonl"
     listed.write_text(json.dumps(BENCH) + "\n")
-    flags = ["evaluate", "--checkpoint_path", small_model / "pipeline"]
+    flags = ["evaluate", "--checkpoint_path", small_model]
     flags += ["--geneval_prompts", listed, "--output_dir", tmp_path / "out"]
     command(*flags, "--num_inference_steps", 1)
     assert len(list(tmp_path.glob("out/00000/samples/*.png"))) == 4
@@ -933,7 +935,7 @@ def test_the_command_draws_for_geneval(small_model, tmp_path, capsys):
 def test_the_tradeoffs_are_recorded(small_model, records, tmp_path):
     tool = load_tool("measure_tradeoffs")
     few = ["--prompts", "1", "--steps", "1", "--output", str(tmp_path)]
-    model = str(small_model / "pipeline")
+    model = str(small_model)
     tool.main(["--model", model, "--pictures", "2", "--scales", "1", "3", *few])
     guidance = json.loads((tmp_path / "guidance.json").read_text())
     assert [row["guidance_scale"] for row in guidance["rows"]] == [1, 3]

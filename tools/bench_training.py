@@ -33,6 +33,7 @@ from sdbook.training import (
     EMA,
     DiffusionLoss,
     Encoded,
+    RunConfig,
     make_accelerator,
     step_generator,
 )
@@ -163,7 +164,7 @@ def make_steps(options, folder: str) -> dict:
     captions = [scenes.scene(i).caption for i in range(count)]
     length = 77 if options.sizes == "sd15" else 24
     tokenizer = Tokenizer.train(captions, 560, length)
-    accelerator = make_accelerator(options.mixed_precision)
+    accelerator = make_accelerator(RunConfig(mixed_precision=options.mixed_precision))
     unet, vae, text_encoder = parts(options.sizes, tokenizer)
     for frozen in (vae, text_encoder):
         frozen.eval().requires_grad_(False).to(accelerator.device)

@@ -7,7 +7,7 @@
 Writes guidance.json, ema.json and training.json to data/runs/tradeoffs/, which chapter
 11 draws. Accuracy is chapter 11's: prompts of each kind, read by the judge. Diversity
 is the mean distance between several pictures of one prompt. `--ema_run` is an
-`output_dir` of `sdbook train` with its checkpoint.pt and pipeline/; a stage is the
+`output_dir` of `sdbook train`; a stage is the
 minutes that a model had been trained and a report of `sdbook evaluate` on it. Steps
 and samplers have their own script, compare_samplers.py.
 """
@@ -33,6 +33,7 @@ from sdbook.evaluation import (
     read_report,
     sign_test,
 )
+from sdbook.training import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SCALES = [1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0]
@@ -90,10 +91,11 @@ def measure_guidance(options) -> dict:
 def measure_ema(options) -> dict:
     """The averaged weights of a run's checkpoint against those that were averaged."""
     run = options.ema_run
-    pipe = StableDiffusion.from_pretrained(run / "pipeline").to(options.device)
-    state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-    if not state["ema"]:
-        raise ValueError(f"{run}/checkpoint.pt has no averaged weights (ema_decay: 0)")
+    pipe = StableDiffusion.from_pretrained(run).to(options.device)
+    path = max(run.glob("checkpoints/step-*.pt"))
+    state = read_checkpoint(path)
+    if "ema" not in state:
+        raise ValueError(f"{path} has no averaged weights (ema_decay: 0)")
     rows, answers = [], []
     for name, weights in (("averaged", state["ema"]), ("raw", state["model"])):
         pipe.unet.load_state_dict(weights)
