@@ -970,7 +970,9 @@ class CaptionedShards(IterableDataset):
     def __len__(self) -> int:
         """Looks at complete samples; the first time, all shards are read for it."""
         if self.count is None:
-            self.count = sum(1 for _ in self.samples(self.shards))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # reading them will say the same
+                self.count = sum(1 for _ in self.samples(self.shards))
         return self.count * self.cut.looks
 
     def samples(

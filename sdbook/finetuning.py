@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from jaxtyping import Float, Int64
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -400,6 +399,8 @@ class FinetuningConfig(RunConfig):
 
 def open_model(config: FinetuningConfig) -> StableDiffusion:
     """The model to fine-tune, frozen, on this process's device."""
+    from accelerate import PartialState
+
     pipe = StableDiffusion.from_pretrained(config.pretrained).to(PartialState().device)
     for model in (pipe.vae, pipe.text_encoder, pipe.unet):
         model.to(memory_format=torch.channels_last).requires_grad_(False)
@@ -462,6 +463,8 @@ def draw_class(config: LoRATrainingConfig, pipe: StableDiffusion) -> CaptionedIm
 
     In `output_dir/class`; pictures that are there already stay.
     """
+    from accelerate import PartialState
+
     folder = Path(config.output_dir) / "class"
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(config.num_class_pictures if is_main_process() else 0):

@@ -345,7 +345,10 @@ def test_two_trainings_do_not_disturb_each_other(encoded, pictures, vae, tmp_pat
     vae.pause = 0.0
     grown = encoded(flip=True, crops=2)
     assert encoded.cost() == (0, 0)
-    assert same(encoded(folder=tmp_path / "alone", flip=True, crops=2), grown)
+    alone = encoded(folder=tmp_path / "alone", flip=True, crops=2)
+    for one, two in zip(all_of(alone), all_of(grown), strict=True):
+        # Who encoded what was a race, so the batches differ, and with them last bits.
+        torch.testing.assert_close(one.float(), two.float(), atol=2e-3, rtol=2e-3)
     assert all(torch.equal(*pair) for pair in zip(all_of(first), before))
 
 

@@ -1116,7 +1116,11 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
 
 
 def test_two_processes_get_the_weights_of_one(unet_config, frozen):
-    """A real launch: two processes, each with half of the pictures, over gloo."""
+    """A real launch: two processes, each with half of the pictures, over gloo.
+
+    By torchrun, with accelerate's flag for CPUs: `accelerate launch --cpu
+    --num_processes 2` starts a single process (accelerate 1.15).
+    """
     options = {**TOY_UNET, "max_steps": 3, "caption_dropout": 0.5, "batch_size": 2}
     single = replace(unet_config, output_dir=unet_config.output_dir + "-single")
     train(replace(single, max_steps=3, caption_dropout=0.5, batch_size=4))
@@ -1127,16 +1131,16 @@ def test_two_processes_get_the_weights_of_one(unet_config, frozen):
         **lists(options),
     }
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu",
-        "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-        "--dynamo_backend", "no", "--main_process_port", "0", "-m", "sdbook", "train",
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc_per_node", "2", "-m", "sdbook", "train",
         *(f"--{name}={value}" for name, value in flags.items()),
     ]  # fmt: skip
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=600,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 at once × 1 added up × 2 processes = 4" in done.stdout
     one, two = (checkpoint_of(c.output_dir) for c in (single, unet_config))
     assert one["step"] == two["step"] == 3
     for kind in ("model", "ema"):

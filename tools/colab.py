@@ -41,6 +41,7 @@ if "google.colab" in sys.modules:
             file.write("\\n".join(kept))
         pip = [sys.executable, "-m", "pip", "install", "--quiet"]
         pip += ["--constraint", "/content/kept.txt", folder, "diffusers"]
+        pip += ["torchmetrics", "peft"]
         subprocess.run(pip, check=True)
         importlib.invalidate_caches()
     os.chdir(f"{{folder}}/chapters")"""

@@ -28,7 +28,7 @@ NAMES = {
     11: ("How good is it", "a judge that counts"),
     12: ("Fine-tuning", "your own things"),
     13: ("Train on a GPU", "for larger pictures"),
-    14: ("Draw on a GPU", "Stable Diffusion 1.5"),
+    14: ("On a GPU", "Stable Diffusion 1.5"),
 }
 LATER = (4, 8, 11, 12, 13, 14)  # what comes before and after the drawing itself
 
