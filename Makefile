@@ -25,8 +25,8 @@ help:
 
 sample: .venv/.installed
 	$(BIN)/sdbook sample --grid true --output_path sample.png --prompt \
-	    "a red star" "two blue fish" "three yellow flowers" "an orange house" \
-	    "a pink heart and a green tree" "a yellow moon and a blue boat" \
+	    "a pink heart" "two blue fish" "three yellow flowers" "an orange house" \
+	    "a red star above a blue house" "a yellow moon and a blue boat" \
 	    "a purple boat" "a green tree on a meadow"
 
 test: .venv/.installed
