@@ -25,6 +25,8 @@ STEPS = 60
 
 
 class Numbers(torch.utils.data.Dataset):
+    """Sixteen inputs with what a linear map makes of them."""
+
     x = torch.linspace(-1, 1, 16)[:, None]
 
     def __len__(self):
