@@ -4,14 +4,14 @@ PYTHON ?= python3
 CHAPTERS ?=
 BIN = .venv/bin
 
-# The tests run one kernel at a time; more threads than cores would slow it down.
+# More threads than cores would slow the tests down; two chapters run at once.
 test execute: export OMP_NUM_THREADS ?= 2
 
 .PHONY: help sample test book export execute lint bench
 
 help:
 	@echo "make sample    draw pictures with the model that ships with the book"
-	@echo "make test      everything: lint, export, tests, chapters, book (10 minutes)"
+	@echo "make test      everything: lint, export, tests, chapters, book (14 minutes)"
 	@echo "make book      build the pages of the book into _build/html"
 	@echo "make export    write sdbook/ from the chapters, and Colab's cell into them"
 	@echo "make execute   run the chapters and keep their outputs"
@@ -33,7 +33,8 @@ test: .venv/.installed
 	$(BIN)/ruff check
 	$(BIN)/python tools/export.py --check
 	$(BIN)/pytest tests
-	$(BIN)/pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 chapters
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile \
+	    --nbval-lax --nbval-current-env --nbval-cell-timeout=300 chapters
 	@echo "passed: lint; export check; unit, parity, fault and book tests;" \
 	    "every cell of $(words $(wildcard chapters/*.ipynb)) chapters"
 
