@@ -11,7 +11,7 @@ test execute: export OMP_NUM_THREADS ?= 2
 
 help:
 	@echo "make sample    draw pictures with the model that ships with the book"
-	@echo "make test      everything: lint, export, tests, chapters, book (14 minutes)"
+	@echo "make test      everything: lint, export, tests, chapters, book (about ten minutes)"
 	@echo "make book      build the pages of the book into _build/html"
 	@echo "make export    write sdbook/ from the chapters, and Colab's cell into them"
 	@echo "make execute   run the chapters and keep their outputs"
@@ -32,7 +32,7 @@ sample: .venv/.installed
 test: .venv/.installed
 	$(BIN)/ruff check
 	$(BIN)/python tools/export.py --check
-	$(BIN)/pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile \
 	    --nbval-lax --nbval-current-env --nbval-cell-timeout=300 chapters
 	@echo "passed: lint; export check; unit, parity, fault and book tests;" \

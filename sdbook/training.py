@@ -28,6 +28,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import (
     DataLoader,
@@ -137,6 +138,7 @@ __all__ = [
     "report",
     "progress",
     "step_loader",
+    "Fused",
     "kept_bytes",
     "memory_needed",
     "readable",
@@ -1105,10 +1107,20 @@ def step_loader(run: Run, dataset: Dataset, collate=None) -> DataLoader:
     )  # fmt: skip
 
 
-def kept_bytes(model: nn.Module, *inputs: Tensor) -> int:
+class Fused(TorchFunctionMode):
+    """While it is open, attention on the meta device stores no scores, as on a GPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
+        return function(*args, **(kwargs or {}))
+
+
+def kept_bytes(model: nn.Module, *inputs: Tensor, fused: bool = False) -> int:
     """Bytes that a forward pass keeps for the backward pass, besides the weights.
 
-    Model and inputs are on the meta device: nothing is computed.
+    Model and inputs are on the meta device: nothing is computed. `fused`: as on a
+    GPU, where attention does not store its scores; on a CPU it does.
     """
     weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
     kept = {}
@@ -1119,7 +1131,8 @@ def kept_bytes(model: nn.Module, *inputs: Tensor) -> int:
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with hooks, Fused() if fused else nullcontext():
         result = model(*inputs)  # alive, so that no storage's number is used twice
     del result
     return sum(kept.values())
@@ -1132,9 +1145,9 @@ def memory_needed(config: RunConfig, model: nn.Module, *inputs: Tensor) -> dict:
     """
     weights = sum(weight.numel() * 4 for weight in model.parameters())
     copies = 4 + bool(config.ema_decay)  # weights, gradients, two means of AdamW's
-    batch = kept_bytes(model, *inputs)
+    batch = kept_bytes(model, *inputs, fused=torch.cuda.is_available())
     if getattr(config, "gradient_checkpointing", False):
-        batch = batch // 4  # what enters the blocks, and the inside of the largest
+        batch = batch // 4  # at most, in the four presets (chapter 13)
     half = config.mixed_precision != "no"
     return {"weights": copies * weights, "batch": batch // 2 if half else batch}
 

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 from sdbook import training
+from sdbook.attention import Attention
 from sdbook.clip import CLIPTextConfig, CLIPTextModel
 from sdbook.data import Scenes, is_held_out, read_caption, write_folder
 from sdbook.evaluation import Judge, satisfies
@@ -683,6 +684,15 @@ def test_what_a_forward_pass_keeps():
     inputs = torch.empty(32, 8, device="meta")
     kept = kept_bytes(block.to("meta"), inputs)
     assert kept == 4 * 32 * (8 + 16)  # what goes into each layer, once
+
+
+def test_fused_attention_keeps_no_scores():
+    """What a GPU spares is the table of scores, 4 bytes for each pair of tokens."""
+    with torch.device("meta"):
+        attend, tokens = Attention(32, num_heads=4), torch.empty(2, 256, 32)
+    spared = kept_bytes(attend, tokens) - kept_bytes(attend, tokens, fused=True)
+    scores = 4 * 2 * 4 * 256 * 256
+    assert scores * 0.95 < spared <= scores * 1.05
 
 
 # The VAE and CLIP

@@ -1,0 +1,53 @@
+"""Train four small UNets: one as it should be, and three in which something is wrong.
+
+    python tools/record_failures.py              a quarter of an hour on two CPU cores
+    python tools/record_failures.py --only deaf  one of them again
+
+Each is `sdbook train --config sdbook/configs/cpu-minutes.yaml` with one flag changed.
+Chapter 13 shows what they wrote: data/runs/failures/NAME.jsonl is the log, and NAME.png
+the last sheet of pictures.
+"""
+
+import argparse
+import shlex
+import shutil
+from pathlib import Path
+
+from sdbook.__main__ import main as sdbook
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = {
+    "good": (),
+    "too-fast": ("--learning_rate", "0.05"),
+    "too-few": ("--num_pictures", "24"),
+    "deaf": ("--caption_dropout", "1"),
+}
+
+
+def record(name: str, runs: Path, data: Path, more: list[str]) -> None:
+    """Train one of them from zero, and keep its log and its last pictures."""
+    output = runs / name
+    command = ["train", "--config", str(ROOT / "sdbook/configs/cpu-minutes.yaml")]
+    command += ["--output_dir", str(output), "--resume", "none", *RUNS[name], *more]
+    print("\nsdbook", shlex.join(command), flush=True)
+    sdbook(command)
+    data.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(output / "log.jsonl", data / f"{name}.jsonl")
+    shutil.copyfile(max(output.glob("samples/*.png")), data / f"{name}.png")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "failures")
+    parser.add_argument("--data", type=Path, default=ROOT / "data/runs/failures")
+    parser.add_argument("more", nargs="*", help="flags for every training, after --")
+    options = parser.parse_args(arguments)
+    for name in options.only:
+        record(name, options.runs, options.data, options.more)
+
+
+if __name__ == "__main__":
+    main()
