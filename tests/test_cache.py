@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from helpers import load_tool
+from helpers import ROOT, load_tool
 from PIL import Image
 from torch import nn
 
@@ -388,6 +388,35 @@ def test_shards_hold_the_same_pictures_as_their_folder(
 
 
 # Speed -----------------------------------------------------------------------------
+
+
+def test_throughput_is_measured(tmp_path, monkeypatch):
+    """At toy size: operations and times of each form of the step, and the peak."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))  # it uses bench_training
+    bench = load_tool("measure_throughput")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)  # a minute
+    flags = "--sizes tiny --batches 2 --steps 1 --rounds 1 --side 64 --output".split()
+    bench.main([*flags, str(tmp_path)])
+    record = json.loads((tmp_path / "cpu.json").read_text())
+    assert len(record["rows"]) == 4 and set(record["peaks"]) == {"no", "bf16"}
+    for row in record["rows"]:
+        assert row["flops"] == record["rows"][0]["flops"] > 2 * row["weights"]
+        speed = row["pictures_per_second"] / row["batch"]
+        assert row["flops_per_second"] == pytest.approx(speed * row["flops"])
+
+
+def test_a_failure_is_recorded(tmp_path, monkeypatch):
+    """The runs that chapter 13 shows, here of two steps."""
+    monkeypatch.chdir(ROOT)
+    tool = load_tool("record_failures")
+    flags = "--max_steps 2 --num_pictures 8 --batch_size 2 --num_validation 4 "
+    flags += "--log_every 1 --unet_dim 16 --norm_num_groups 4"
+    places = ["--runs", str(tmp_path / "runs"), "--data", str(tmp_path / "data")]
+    tool.main(["--only", "deaf", *places, "--", *flags.split()])
+    lines = (tmp_path / "data/deaf.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    assert (tmp_path / "data/deaf.png").stat().st_size > 1000
 
 
 def test_the_benchmark_of_training_steps_runs(tmp_path, capsys, monkeypatch):
