@@ -417,6 +417,7 @@ def test_a_failure_is_recorded(tmp_path, monkeypatch):
     lines = (tmp_path / "data/deaf.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
     assert (tmp_path / "data/deaf.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "data/hearing.json").read_text())["deaf"] > 0
 
 
 def test_the_benchmark_of_training_steps_runs(tmp_path, capsys, monkeypatch):
