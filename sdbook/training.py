@@ -168,6 +168,7 @@ __all__ = [
     "decided",
     "exchange",
     "say_alike",
+    "invent_twin",
     "Twins",
     "CLIPTrainingConfig",
     "captions_of",
@@ -187,13 +188,13 @@ __all__ = [
     "list_items",
     "Missing",
     "MissingInShards",
-    "Encoded",
     "BATCH_PIXELS",
     "write_texts",
     "write_moments",
     "side_of",
     "fill_cache",
     "find_rows",
+    "Encoded",
     "encode_dataset",
     "UNetShape",
     "UNET_SIZES",
@@ -1640,6 +1641,26 @@ def say_alike(request: Request, like: Request, point: str) -> Request:
     return Request(groups, request.relation, background)
 
 
+def invent_twin(scene: Scene, rng: np.random.Generator) -> tuple[Request, ...]:
+    """The twin, and what the captions of the scene and of its twin say.
+
+    A twin may be shown in training, has room in a picture, and is told apart by
+    its caption: "a star and a house" and "a house and a star" are no twins.
+    """
+    while True:
+        twin, point = exchange(decided(scene), rng)
+        said, other = (
+            say_alike(request, scene.request, point)
+            for request in (decided(scene), twin)
+        )
+        shapes = {group.shape for group in twin.groups}
+        room = sum(group.count for group in twin.groups) <= 3
+        apart = twin.relation or set(said.groups) != set(other.groups)
+        if room and apart and len(shapes) == len(twin.groups):
+            if not is_held_out(twin.groups):
+                return twin, said, other
+
+
 class Twins(Dataset):
     """Each scene with a near twin: `((pixels, caption), (pixels, caption))`.
 
@@ -1654,29 +1675,10 @@ class Twins(Dataset):
     def __len__(self) -> int:
         return len(self.scenes)
 
-    def invent(self, scene: Scene, rng: np.random.Generator) -> tuple[Request, ...]:
-        """The twin, and what the captions of the scene and of its twin say.
-
-        A twin may be shown in training, has room in a picture, and is told apart by
-        its caption: "a star and a house" and "a house and a star" are no twins.
-        """
-        while True:
-            twin, point = exchange(decided(scene), rng)
-            said, other = (
-                say_alike(request, scene.request, point)
-                for request in (decided(scene), twin)
-            )
-            shapes = {group.shape for group in twin.groups}
-            room = sum(group.count for group in twin.groups) <= 3
-            apart = twin.relation or set(said.groups) != set(other.groups)
-            if room and apart and len(shapes) == len(twin.groups):
-                if not is_held_out(twin.groups):
-                    return twin, said, other
-
     def __getitem__(self, index: int):
         scene = self.scenes.scene(index)
         rng = np.random.default_rng((self.scenes.seed, 7, index))
-        twin, said, other = self.invent(scene, rng)
+        twin, said, other = invent_twin(scene, rng)
         pictures = (
             draw(things, scene.background, self.scenes.size)
             for things in (scene.things, arrange(twin, rng))
@@ -1975,52 +1977,6 @@ class MissingInShards(IterableDataset):
                     yield key, self.dataset.read(name, data, look)
 
 
-class Encoded(Dataset):
-    """A dataset after its frozen parts: latents' moments and text states, in files.
-
-    `moments` (rows, 2c, h, w) and `texts` (m, tokens, d), both float16, are mapped
-    from `folder`, which several trainings may share; `rows` and `which` are the rows of
-    each item, `captions` what it says. Text 0 is "". What is missing is computed first
-    (`fill_cache`); pictures that cannot be read are left out, with a warning. Indexed
-    with a list, it gives `(moments, text states)` of the whole batch at once. `sample`
-    (m, tokens, d) are the states of `some_captions` (or of the first 1000 items').
-    """
-
-    def __init__(
-        self, dataset, vae, text_encoder, tokenizer, folder, num_workers=0,
-        some_captions=(),
-    ):  # fmt: skip
-        *self.tables, items = fill_cache(
-            Path(folder), dataset, vae, text_encoder, tokenizer, num_workers,
-            some_captions,
-        )  # fmt: skip
-        self.rows, self.which = find_rows(*self.tables, items).T
-        self.moments, self.texts = (table.open() for table in self.tables)
-        some = list(some_captions) or [text for _, text in items[:1000]]
-        number = self.tables[1].numbers()
-        said = {number[short_name(text)]: text for _, text in items}
-        self.captions = [said[which] for which in self.which]
-        self.sample = self.texts[[number[short_name(text)] for text in some]]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        moments = torch.from_numpy(self.moments[self.rows[indices]])
-        return moments, torch.from_numpy(self.texts[self.which[indices]])
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        moments, states = self.__getitems__([index])
-        return moments[0], states[0]
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "moments": None, "texts": None}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__ = state
-        self.moments, self.texts = (table.open() for table in self.tables)
-
-
 BATCH_PIXELS = 2**19  # fits into any memory: 128 pictures of 64 × 64, 2 of 512 × 512
 
 
@@ -2104,6 +2060,52 @@ def find_rows(moments: Rows, texts: Rows, items: list[tuple[str, str]]) -> np.nd
     places = np.searchsorted(good, np.arange(len(items))) % len(good)
     stand_ins = (items[good[place]] for place in places)
     return np.array([(row[key], number[short_name(text)]) for key, text in stand_ins])
+
+
+class Encoded(Dataset):
+    """A dataset after its frozen parts: latents' moments and text states, in files.
+
+    `moments` (rows, 2c, h, w) and `texts` (m, tokens, d), both float16, are mapped
+    from `folder`, which several trainings may share; `rows` and `which` are the rows of
+    each item, `captions` what it says. Text 0 is "". What is missing is computed first
+    (`fill_cache`); pictures that cannot be read are left out, with a warning. Indexed
+    with a list, it gives `(moments, text states)` of the whole batch at once. `sample`
+    (m, tokens, d) are the states of `some_captions` (or of the first 1000 items').
+    """
+
+    def __init__(
+        self, dataset, vae, text_encoder, tokenizer, folder, num_workers=0,
+        some_captions=(),
+    ):  # fmt: skip
+        *self.tables, items = fill_cache(
+            Path(folder), dataset, vae, text_encoder, tokenizer, num_workers,
+            some_captions,
+        )  # fmt: skip
+        self.rows, self.which = find_rows(*self.tables, items).T
+        self.moments, self.texts = (table.open() for table in self.tables)
+        some = list(some_captions) or [text for _, text in items[:1000]]
+        number = self.tables[1].numbers()
+        said = {number[short_name(text)]: text for _, text in items}
+        self.captions = [said[which] for which in self.which]
+        self.sample = self.texts[[number[short_name(text)] for text in some]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        moments = torch.from_numpy(self.moments[self.rows[indices]])
+        return moments, torch.from_numpy(self.texts[self.which[indices]])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        moments, states = self.__getitems__([index])
+        return moments[0], states[0]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "moments": None, "texts": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = state
+        self.moments, self.texts = (table.open() for table in self.tables)
 
 
 def encode_dataset(

@@ -786,7 +786,7 @@ def test_twins_differ_in_one_point_that_both_captions_say():
 def test_exchanged_shapes_alone_are_no_twins():
     scenes = Scenes(64, length=200, kinds=["two"])
     for i in range(200):
-        _, one, two = Twins(scenes).invent(scenes.scene(i), np.random.default_rng(i))
+        _, one, two = training.invent_twin(scenes.scene(i), np.random.default_rng(i))
         assert set(one.groups) != set(two.groups)
 
 
