@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from .clip import CLIPTextModel, Tokenizer
 from .data import CaptionedImages
 from .pipeline import StableDiffusion
 from .training import (
@@ -23,11 +24,20 @@ from .training import (
     Encoded,
     RunConfig,
     as_it_is,
+    caption_ids,
+    captions_of,
+    check_fits,
+    check_side,
+    count_steps,
+    find_checkpoint,
     is_main_process,
+    memory_needed,
     open_dataset,
     optimise,
+    say_plan,
 )
-from .weights import WeightsError, read_weights, write_atomically
+from .unet import UNet
+from .weights import WeightsError, build_empty, read_weights, write_atomically
 
 __all__ = [
     "LowRank",
@@ -50,10 +60,16 @@ __all__ = [
     "open_model",
     "encode",
     "loss_for",
+    "WithText",
+    "Worded",
+    "empty_parts",
+    "say_finetuning",
     "LoRATrainingConfig",
     "draw_class",
     "Both",
     "PriorLoss",
+    "what_moves",
+    "say_lora",
     "train_lora",
     "add_word",
     "NewWords",
@@ -61,7 +77,6 @@ __all__ = [
     "save_word",
     "load_word",
     "WordTrainingConfig",
-    "Worded",
     "train_word",
 ]
 
@@ -398,10 +413,16 @@ class FinetuningConfig(RunConfig):
 
 
 def open_model(config: FinetuningConfig) -> StableDiffusion:
-    """The model to fine-tune, frozen, on this process's device."""
+    """The model to fine-tune, frozen, on this process's device.
+
+    Raises ValueError for an image_size that its parts cannot halve often enough.
+    """
     from accelerate import PartialState
 
     pipe = StableDiffusion.from_pretrained(config.pretrained).to(PartialState().device)
+    halvings = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    factor = pipe.vae.config.downscale * halvings
+    check_side(config.image_size, factor, "the VAE with this UNet")
     for model in (pipe.vae, pipe.text_encoder, pipe.unet):
         model.to(memory_format=torch.channels_last).requires_grad_(False)
     return pipe
@@ -415,13 +436,68 @@ def encode(config, pipe: StableDiffusion, dataset: Dataset, name: str) -> Encode
     )  # fmt: skip
 
 
-def loss_for(config, pipe: StableDiffusion) -> DiffusionLoss:
-    """Chapter 8's loss, with the noise schedule and the scale of a given model."""
-    empty = pipe.encode_prompt([""])[0].float()
+def loss_for(config, pipe: StableDiffusion, empty: Tensor) -> DiffusionLoss:
+    """Chapter 8's loss, with the noise schedule and the scale of a given model.
+
+    `empty` is what stands for the empty caption: its states (n, d), or ids (n,).
+    """
     return DiffusionLoss(
         pipe.scheduler, pipe.vae.config.scaling_factor, empty,
         config.caption_dropout, config.snr_gamma,
     )  # fmt: skip
+
+
+class WithText(nn.Module):
+    """A UNet with the text model before it, which reads token ids (b, n).
+
+    Called with noisy latents (b, c, h, w), timesteps (b,) and ids, it gives what the
+    UNet gives. Either part may be a LoRA, or `NewWords`.
+    """
+
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, x: Tensor, t: Tensor, ids: Int64[Tensor, "b n"]) -> Tensor:
+        return self.unet(x, t, self.text_encoder(ids))
+
+
+class Worded(Dataset):
+    """Latents with the token ids (n,) of their captions, in whole batches."""
+
+    def __init__(self, encoded: Encoded, tokenizer: Tokenizer):
+        self.encoded, self.ids = encoded, caption_ids(tokenizer, encoded.captions)
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return self.encoded.__getitems__(indices)[0], self.ids[indices]
+
+
+def empty_parts(pipe: StableDiffusion) -> tuple[UNet, CLIPTextModel]:
+    """UNet and text model on the meta device, frozen, to reckon with."""
+    unet = build_empty(UNet, pipe.unet.config)
+    text_encoder = build_empty(CLIPTextModel, pipe.text_encoder.config)
+    return unet.requires_grad_(False), text_encoder.requires_grad_(False)
+
+
+def say_finetuning(
+    config, pipe: StableDiffusion, dataset: Dataset, whole: WithText,
+    *moving: nn.Module, copies: int = 1, **plan,
+) -> None:  # fmt: skip
+    """Say the plan of a fine-tuning, reckoned with `empty_parts` (chapter 8).
+
+    `whole` computes, the first of `moving` is what is trained; a step sees `copies` of
+    the batch. Raises ValueError for a checkpoint of other weights.
+    """
+    check_fits(find_checkpoint(config), moving[0])
+    b, side = copies * config.batch_size, config.image_size // pipe.vae.config.downscale
+    with torch.device("meta"):
+        x = torch.empty(b, pipe.vae.config.latent_channels, side, side)
+        ids = torch.zeros(b, pipe.tokenizer.max_length, dtype=torch.int64)
+        memory = memory_needed(config, whole, x, torch.zeros(b), ids, beside=moving)
+    say_plan(config, dataset, moving[0], memory, **plan)
 
 
 @dataclass(frozen=True)
@@ -432,6 +508,7 @@ class LoRATrainingConfig(FinetuningConfig):
         rank: of the change of each layer; 0 trains the UNet itself.
         alpha: the change counts alpha / rank; none given: the rank.
         layers: "attention", or "all" linear and convolution layers.
+        train_text_encoder: change the text model, too, in the same way.
         class_prompts: what to keep: the model draws these before, and is trained on
             its own pictures as well (DreamBooth's prior preservation).
         num_class_pictures: how many of these pictures.
@@ -442,6 +519,7 @@ class LoRATrainingConfig(FinetuningConfig):
     rank: int = 4
     alpha: float | None = None
     layers: str = "attention"
+    train_text_encoder: bool = False
     class_prompts: tuple[str, ...] = ()
     num_class_pictures: int = 100
     prior_weight: float = 1.0
@@ -483,7 +561,7 @@ def draw_class(config: LoRATrainingConfig, pipe: StableDiffusion) -> CaptionedIm
 class Both(Dataset):
     """New pictures and class pictures, as many of each in every batch."""
 
-    def __init__(self, new: Encoded, prior: Encoded):
+    def __init__(self, new: Dataset, prior: Dataset):
         self.new, self.prior = new, prior
 
     def __len__(self) -> int:
@@ -512,26 +590,65 @@ class PriorLoss:
         return loss + self.weight * kept, numbers | {"new": loss, "prior": kept}
 
 
-def train_lora(config: LoRATrainingConfig) -> StableDiffusion:
-    """Fine-tune a UNet and return the changed pipeline.
+def what_moves(config: LoRATrainingConfig, unet: nn.Module, text_encoder: nn.Module):
+    """What `train_lora` trains: LoRAs of the models, or, with rank 0, themselves."""
+    parts = [unet, text_encoder] if config.train_text_encoder else [unet]
+    for model in parts:
+        model.requires_grad_(not config.rank)
+    if config.rank:
+        sizes = config.rank, config.alpha, config.layers
+        parts = [LoRA(model, *sizes) for model in parts]
+    return WithText(*parts) if config.train_text_encoder else parts[0]
 
-    Writes `output_dir/pytorch_lora_weights.safetensors`, or with rank 0 the whole
+
+def say_lora(config: LoRATrainingConfig, pipe: StableDiffusion, dataset) -> None:
+    """Say the plan of `train_lora`."""
+    from accelerate import PartialState
+
+    parts, classes, also = empty_parts(pipe), 0, {}
+    if config.class_prompts:
+        classes = config.num_class_pictures
+        also["class"] = (
+            f"{classes:,} pictures drawn first, to {config.output_dir}/class; each "
+            "step sees as many of them besides"
+        )
+    processes, longest = PartialState().num_processes, max(len(dataset), classes)
+    say_finetuning(
+        count_steps(config, longest, processes), pipe, dataset, WithText(*parts),
+        what_moves(config, *parts), copies=2 if classes else 1, also=also,
+    )  # fmt: skip
+
+
+def train_lora(config: LoRATrainingConfig) -> StableDiffusion | None:
+    """Fine-tune a UNet (and its text model) and return the changed pipeline.
+
+    Says the plan first; with `dry_run` that is all. Writes
+    `output_dir/pytorch_lora_weights.safetensors`, or with rank 0 the whole
     `output_dir/pipeline`. Errors and resuming are those of `optimise`.
     """
     dataset, pipe = open_dataset(config), open_model(config)
-    encoded, loss = encode(config, pipe, dataset, "cache"), loss_for(config, pipe)
+    say_lora(config, pipe, dataset)
+    if config.dry_run:
+        return None
+
+    def prepare(dataset: Dataset, name: str) -> Dataset:
+        encoded = encode(config, pipe, dataset, name)
+        return Worded(encoded, pipe.tokenizer) if config.train_text_encoder else encoded
+
+    ids = pipe.tokenizer([""])[0].to(pipe.device)
+    empty = ids if config.train_text_encoder else pipe.encode_prompt([""])[0].float()
+    data, loss = prepare(dataset, "cache"), loss_for(config, pipe, empty)
     if config.class_prompts:
-        kept = encode(config, pipe, draw_class(config, pipe), "class-cache")
-        encoded, loss = Both(encoded, kept), PriorLoss(loss, config.prior_weight)
+        kept = prepare(draw_class(config, pipe), "class-cache")
+        data, loss = Both(data, kept), PriorLoss(loss, config.prior_weight)
     torch.manual_seed(config.seed)  # here: filling the cache may have drawn numbers
-    module = pipe.unet.requires_grad_(not config.rank)
-    if config.rank:
-        module = LoRA(pipe.unet, config.rank, config.alpha, config.layers)
-    trained = optimise(config, module, encoded, loss, collate=as_it_is)
+    module = what_moves(config, pipe.unet, pipe.text_encoder)
+    trained = optimise(config, module, data, loss, collate=as_it_is)
     module.load_state_dict(trained.state_dict())
     pipe.unet.eval()
     if is_main_process() and config.rank:
-        save_lora(config.output_dir, module)
+        loras = module.children() if config.train_text_encoder else [module]
+        save_lora(config.output_dir, *loras)
     elif is_main_process():
         pipe.save_pretrained(Path(config.output_dir) / "pipeline")
     return pipe
@@ -656,35 +773,30 @@ class WordTrainingConfig(FinetuningConfig):
     caption_dropout: float = 0.0
 
 
-class Worded(Dataset):
-    """Latents with the token ids of their captions, in whole batches."""
-
-    def __init__(self, encoded: Encoded, ids: Int64[Tensor, "m n"]):
-        self.encoded, self.ids = encoded, ids
-
-    def __len__(self) -> int:
-        return len(self.encoded)
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self.encoded.__getitems__(indices)[0], self.ids[indices]
-
-
-def train_word(config: WordTrainingConfig) -> StableDiffusion:
+def train_word(config: WordTrainingConfig) -> StableDiffusion | None:
     """Train one new row of the token embedding; returns the pipeline that knows it.
 
-    Writes `output_dir/learned_embeds.safetensors`. Raises ValueError for captions
-    without the word. Errors and resuming are those of `optimise`.
+    Says the plan first; with `dry_run` that is all. Writes
+    `output_dir/learned_embeds.safetensors`. Raises ValueError for captions without
+    the word. Errors and resuming are those of `optimise`.
     """
     dataset, pipe = open_dataset(config), open_model(config)
     number = add_word(pipe, config.word, config.like)
-    ids = pipe.tokenizer([dataset[i][1] for i in range(len(dataset))])
+    ids = caption_ids(pipe.tokenizer, captions_of(dataset))
     without = int((ids != number).all(1).sum())
     if without:
         raise ValueError(
             f"{without} of {len(ids)} captions in {config.dataset_path} do not say "
             f"{config.word!r}; write it where it belongs"
         )
-    encoded, loss = encode(config, pipe, dataset, "cache"), loss_for(config, pipe)
+    unet, text_encoder = empty_parts(pipe)
+    words = NewWords(text_encoder, [number])
+    say_finetuning(config, pipe, dataset, WithText(unet, words), words, text_encoder)
+    if config.dry_run:
+        return None
+
+    encoded = encode(config, pipe, dataset, "cache")
+    loss = loss_for(config, pipe, pipe.encode_prompt([""])[0].float())
     words = NewWords(pipe.text_encoder, [number])
 
     def loss_of(words, batch, generator, *share):
@@ -692,7 +804,8 @@ def train_word(config: WordTrainingConfig) -> StableDiffusion:
         states = words(ids.to(generator.device))
         return loss(pipe.unet, (moments, states), generator, *share)
 
-    trained = optimise(config, words, Worded(encoded, ids), loss_of, collate=as_it_is)
+    data = Worded(encoded, pipe.tokenizer)
+    trained = optimise(config, words, data, loss_of, collate=as_it_is)
     words.load_state_dict(trained.state_dict())
     words.write()
     if is_main_process():

@@ -16,7 +16,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -115,6 +115,8 @@ __all__ = [
     "find_checkpoint",
     "check_fits",
     "set_aside",
+    "WITHOUT_EFFECT",
+    "Settings",
     "step_of",
     "Log",
     "TEN_BAD_STEPS",
@@ -166,10 +168,13 @@ __all__ = [
     "decided",
     "exchange",
     "say_alike",
+    "invent_twin",
     "Twins",
     "CLIPTrainingConfig",
     "captions_of",
     "new_text_encoder",
+    "caption_ids",
+    "warn_about_long",
     "Tokenize",
     "start_apart",
     "train_clip",
@@ -183,13 +188,13 @@ __all__ = [
     "list_items",
     "Missing",
     "MissingInShards",
-    "Encoded",
     "BATCH_PIXELS",
     "write_texts",
     "write_moments",
     "side_of",
     "fill_cache",
     "find_rows",
+    "Encoded",
     "encode_dataset",
     "UNetShape",
     "UNET_SIZES",
@@ -513,7 +518,8 @@ class DiffusionLoss(Corruption):
     """Noise a latent, ask the UNet what was added, compare (Ho et al., 2020).
 
     `scale` is the VAE's scaling factor and `empty` (n, d) the states of the empty
-    caption, which replace a share `caption_dropout` of the captions.
+    caption, which replace a share `caption_dropout` of the captions. Where `unet`
+    reads token ids (it has its text model inside), `empty` (n,) are those.
     """
 
     def __init__(
@@ -532,10 +538,11 @@ class DiffusionLoss(Corruption):
         return (answer - target).square().mean((1, 2, 3))
 
     def __call__(self, unet, batch, generator: torch.Generator, share=(0, 1)):
-        """The loss of a batch (moments, states), and numbers for the log."""
-        moments, states = (part.to(generator.device).float() for part in batch)
+        """The loss of a batch (moments, states or ids), and numbers for the log."""
+        moments, texts = batch[0].to(generator.device).float(), batch[1].to(self.empty)
         x0, noise, t, dropped = self.draw(moments, generator, share)
-        context = torch.where(dropped[:, None, None], self.empty, states)
+        dropped = dropped.view(-1, *[1] * self.empty.ndim)
+        context = torch.where(dropped, self.empty, texts)
         error = self.errors(unet, x0, noise, t, context)
         third = self.scheduler.num_train_timesteps // 3
         numbers = {
@@ -658,8 +665,8 @@ def other_model(path: Path, why: str) -> ValueError:
     """The error for a checkpoint that does not fit the settings."""
     return ValueError(
         f"{path} is of another model ({why}); set the sizes (unet_channels, "
-        "layers_per_block and so on) as they were, or choose another output_dir, or "
-        "set resume to none to start from zero"
+        "layers_per_block, rank and so on) as they were, or choose another "
+        "output_dir, or set resume to none to start from zero"
     )
 
 
@@ -717,6 +724,48 @@ def set_aside(folder: Path, first: int) -> None:
             old = folder.with_name(folder.name + "-old")
             old.mkdir(exist_ok=True)
             path.replace(old / path.name)
+
+
+WITHOUT_EFFECT = (
+    "output_dir resume dry_run log_every log_with validate_every sample_every "
+    "sample_prompts checkpoint_every keep_checkpoints compile gradient_checkpointing"
+).split()
+
+
+class Settings:
+    """The settings that decide what a step does, as a part of a checkpoint.
+
+    `more` are facts of the same kind. Taking back others than these warns, naming
+    each with its old and its new value.
+    """
+
+    def __init__(self, config: RunConfig, **more):
+        facts = {**asdict(config), **more}
+        without = set(WITHOUT_EFFECT)
+        if config.lr_scheduler == "constant":
+            without.add("max_steps")
+        if not config.dataset_path.endswith(".tar"):
+            without.add("num_workers")  # they share shards, but no other data
+        kept = {name: value for name, value in facts.items() if name not in without}
+        self.kept = json.loads(json.dumps(kept))  # lists for tuples, as in a file
+
+    def state_dict(self) -> dict:
+        return self.kept
+
+    def load_state_dict(self, before: dict) -> None:
+        both = [name for name in self.kept if name in before]
+        changed = "; ".join(
+            f"{name} was {before[name]!r} and is {self.kept[name]!r}"
+            for name in both
+            if before[name] != self.kept[name]
+        )
+        if changed:
+            warnings.warn(
+                f"the checkpoint was made with other settings: {changed}. The steps "
+                "from here on follow the new ones; if you do not mean that, stop, and "
+                "set them as they were, or choose another output_dir",
+                stacklevel=2,
+            )
 
 
 def step_of(line: str) -> int:
@@ -883,6 +932,8 @@ class Run:
         self.parts = {"model": module, "optimiser": optimiser, "meter": self.meter}
         self.parts |= {"ema": self.model} if self.ema else {}
         self.parts |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
+        facts = {"processes": self.world, "pictures": size}
+        self.parts |= {"settings": Settings(config, **facts)} if self.main else {}
         self.first = find_start(self)
         open_tracker(self)
 
@@ -1116,13 +1167,18 @@ class Fused(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def kept_bytes(model: nn.Module, *inputs: Tensor, fused: bool = False) -> int:
+def kept_bytes(model: nn.Module, *inputs: Tensor, fused=False, beside=()) -> int:
     """Bytes that a forward pass keeps for the backward pass, besides the weights.
 
     Model and inputs are on the meta device: nothing is computed. `fused`: as on a
-    GPU, where attention does not store its scores; on a CPU it does.
+    GPU, where attention does not store its scores; on a CPU it does. `beside`:
+    modules that take part and are none of the model's own.
     """
-    weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
+    weights = {
+        weight.untyped_storage()._cdata
+        for module in (model, *beside)
+        for weight in module.parameters()
+    }
     kept = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -1138,18 +1194,22 @@ def kept_bytes(model: nn.Module, *inputs: Tensor, fused: bool = False) -> int:
     return sum(kept.values())
 
 
-def memory_needed(config: RunConfig, model: nn.Module, *inputs: Tensor) -> dict:
+def memory_needed(
+    config: RunConfig, model: nn.Module, *inputs: Tensor, beside: tuple = ()
+) -> dict:
     """An estimate in bytes: what is kept all the time, and what one batch adds.
 
-    `model` and the `inputs` for one batch are on the meta device.
+    `model` and the `inputs` for one batch are on the meta device, and so are the
+    modules `beside` it, such as a LoRA. Weights that need no gradient count once.
     """
-    weights = sum(weight.numel() * 4 for weight in model.parameters())
-    copies = 4 + bool(config.ema_decay)  # weights, gradients, two means of AdamW's
-    batch = kept_bytes(model, *inputs, fused=torch.cuda.is_available())
+    weights = {w for module in (model, *beside) for w in module.parameters()}
+    extra = 3 + bool(config.ema_decay)  # gradients, two means of AdamW's, average
+    copies = sum(4 * w.numel() * (1 + extra * w.requires_grad) for w in weights)
+    batch = kept_bytes(model, *inputs, fused=torch.cuda.is_available(), beside=beside)
     if getattr(config, "gradient_checkpointing", False):
         batch = batch // 4  # at most, in the four presets (chapter 13)
     half = config.mixed_precision != "no"
-    return {"weights": copies * weights, "batch": batch // 2 if half else batch}
+    return {"weights": copies, "batch": batch // 2 if half else batch}
 
 
 def readable(size: int) -> str:
@@ -1159,11 +1219,12 @@ def readable(size: int) -> str:
 
 def describe_plan(
     config: RunConfig, dataset: Dataset, model: nn.Module, memory: dict,
-    shown: int | None = None, held: int = 0,
+    shown: int | None = None, held: int = 0, also: dict[str, str] | None = None,
 ) -> str:  # fmt: skip
     """What a run is going to do, as text.
 
     It trains on `shown` of the pictures (all), and `held` are only validated on.
+    `model` is what the optimiser moves; `also` are more lines, by their first word.
     """
     from accelerate import PartialState
 
@@ -1178,7 +1239,7 @@ def describe_plan(
     lines = {
         "data": f"{config.dataset_path}: {shown:,} pictures to train on, {held:,} "
         f"held out, {rejected:,} rejected, {config.image_size} pixels a side",
-        "model": f"{count:,} parameters",
+        "model": f"{count:,} parameters to train",
         "steps": f"{config.max_steps:,} of {pictures:,} pictures ({epochs:.1f} epochs)",
         "batch": f"{config.batch_size} at once × {config.gradient_accumulation_steps} "
         f"added up × {world} processes = {pictures}",
@@ -1188,6 +1249,7 @@ def describe_plan(
         "output": f"{config.output_dir}: checkpoints/ (one in "
         f"{config.checkpoint_every:,} steps, {config.keep_checkpoints} kept), "
         "log.jsonl, the finished model",
+        **(also or {}),
         "start": f"goes on from {path}" if path else "from step 0",
     }
     return "\n".join(f"{name:8}{text}" for name, text in lines.items())
@@ -1416,7 +1478,9 @@ def start_certain(vae: AutoencoderKL, logvar: float = -6.0) -> None:
 
 
 @torch.no_grad()
-def reconstruction_psnr(vae: AutoencoderKL, dataset: Dataset, count: int = 64) -> float:
+def reconstruction_psnr(
+    vae: AutoencoderKL, dataset: Dataset | list, count: int = 64
+) -> float:
     """Mean PSNR, in dB, of `count` pictures through encoder and decoder."""
     device = next(vae.parameters()).device
     values = []
@@ -1428,7 +1492,9 @@ def reconstruction_psnr(vae: AutoencoderKL, dataset: Dataset, count: int = 64) -
 
 
 @torch.no_grad()
-def latent_spread(vae: AutoencoderKL, dataset: Dataset, count: int = 256) -> float:
+def latent_spread(
+    vae: AutoencoderKL, dataset: Dataset | list, count: int = 256
+) -> float:
     """Standard deviation of latents drawn by the VAE, over everything.
 
     Means and noise together, by the law of total variance; scaling undoes it.
@@ -1472,7 +1538,7 @@ def new_vae(config: VAETrainingConfig) -> AutoencoderKL:
     return vae
 
 
-def rebuilt_sheet(dataset: Dataset, count: int = 8):
+def rebuilt_sheet(dataset: Dataset | list, count: int = 8):
     """A function that shows pictures above what a VAE in training makes of them."""
     pixels = torch.stack([dataset[i][0] for i in range(min(count, len(dataset)))])
 
@@ -1575,6 +1641,26 @@ def say_alike(request: Request, like: Request, point: str) -> Request:
     return Request(groups, request.relation, background)
 
 
+def invent_twin(scene: Scene, rng: np.random.Generator) -> tuple[Request, ...]:
+    """The twin, and what the captions of the scene and of its twin say.
+
+    A twin may be shown in training, has room in a picture, and is told apart by
+    its caption: "a star and a house" and "a house and a star" are no twins.
+    """
+    while True:
+        twin, point = exchange(decided(scene), rng)
+        said, other = (
+            say_alike(request, scene.request, point)
+            for request in (decided(scene), twin)
+        )
+        shapes = {group.shape for group in twin.groups}
+        room = sum(group.count for group in twin.groups) <= 3
+        apart = twin.relation or set(said.groups) != set(other.groups)
+        if room and apart and len(shapes) == len(twin.groups):
+            if not is_held_out(twin.groups):
+                return twin, said, other
+
+
 class Twins(Dataset):
     """Each scene with a near twin: `((pixels, caption), (pixels, caption))`.
 
@@ -1589,29 +1675,10 @@ class Twins(Dataset):
     def __len__(self) -> int:
         return len(self.scenes)
 
-    def invent(self, scene: Scene, rng: np.random.Generator) -> tuple[Request, ...]:
-        """The twin, and what the captions of the scene and of its twin say.
-
-        A twin may be shown in training, has room in a picture, and is told apart by
-        its caption: "a star and a house" and "a house and a star" are no twins.
-        """
-        while True:
-            twin, point = exchange(decided(scene), rng)
-            said, other = (
-                say_alike(request, scene.request, point)
-                for request in (decided(scene), twin)
-            )
-            shapes = {group.shape for group in twin.groups}
-            room = sum(group.count for group in twin.groups) <= 3
-            apart = twin.relation or set(said.groups) != set(other.groups)
-            if room and apart and len(shapes) == len(twin.groups):
-                if not is_held_out(twin.groups):
-                    return twin, said, other
-
     def __getitem__(self, index: int):
         scene = self.scenes.scene(index)
         rng = np.random.default_rng((self.scenes.seed, 7, index))
-        twin, said, other = self.invent(scene, rng)
+        twin, said, other = invent_twin(scene, rng)
         pictures = (
             draw(things, scene.background, self.scenes.size)
             for things in (scene.things, arrange(twin, rng))
@@ -1674,6 +1741,28 @@ def new_text_encoder(config: CLIPTrainingConfig, tokenizer) -> CLIPTextModel:
     )
 
 
+def caption_ids(tokenizer: Tokenizer, captions: list[str]) -> Int64[Tensor, "m n"]:
+    """Token ids of captions, without a warning for each that is too long."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "only .* tokens of the prompt fit")
+        return tokenizer(captions)
+
+
+def warn_about_long(tokenizer: Tokenizer, captions: list[str]) -> None:
+    """Warn, once for all of them, of captions that the text model sees in part only."""
+    rows = tokenizer.backend(captions, verbose=False)["input_ids"] if captions else []
+    room = tokenizer.max_length
+    long = [text for text, ids in zip(captions, rows, strict=True) if len(ids) > room]
+    if long:
+        warnings.warn(
+            f"{len(long):,} captions are longer than {room - 2} tokens, and the text "
+            "model does not see their ends; shorten them, or begin them with what "
+            "matters most (train-clip can also raise max_length). One of them: "
+            f"{long[0]!r}",
+            stacklevel=2,
+        )
+
+
 class Tokenize:
     """Collation for CLIP: pictures in one tensor, captions as rows of token ids."""
 
@@ -1683,7 +1772,7 @@ class Tokenize:
     def __call__(self, items):
         pairs = [pair for item in items for pair in item] if self.twins else items
         pixels, captions = zip(*pairs, strict=True)
-        return torch.stack(pixels), self.tokenizer(list(captions))
+        return torch.stack(pixels), caption_ids(self.tokenizer, list(captions))
 
 
 def start_apart(clip: CLIP) -> None:
@@ -1706,6 +1795,7 @@ def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel | None:
     twins = config.twins and isinstance(dataset, Scenes)
     texts = sorted(set(captions_of(dataset)))
     tokenizer = Tokenizer.train(texts, config.vocab_size, config.max_length)
+    warn_about_long(tokenizer, texts)
     text_encoder = new_text_encoder(config, tokenizer)
     clip = CLIP(text_encoder, config.image_size, projection_dim=config.hidden_size)
     start_apart(clip)
@@ -1887,50 +1977,6 @@ class MissingInShards(IterableDataset):
                     yield key, self.dataset.read(name, data, look)
 
 
-class Encoded(Dataset):
-    """A dataset after its frozen parts: latents' moments and text states, in files.
-
-    `moments` (rows, 2c, h, w) and `texts` (m, tokens, d), both float16, are mapped
-    from `folder`, which several trainings may share; `rows` and `which` are the rows of
-    each item. Text 0 is "". What is missing is computed first (`fill_cache`); pictures
-    that cannot be read are left out, with a warning. Indexed with a list, it gives
-    `(moments, text states)` of the whole batch at once. `sample` (m, tokens, d) are
-    the states of `some_captions` (or of the first 1000 items').
-    """
-
-    def __init__(
-        self, dataset, vae, text_encoder, tokenizer, folder, num_workers=0,
-        some_captions=(),
-    ):  # fmt: skip
-        *self.tables, items = fill_cache(
-            Path(folder), dataset, vae, text_encoder, tokenizer, num_workers,
-            some_captions,
-        )  # fmt: skip
-        self.rows, self.which = find_rows(*self.tables, items).T
-        self.moments, self.texts = (table.open() for table in self.tables)
-        some = list(some_captions) or [text for _, text in items[:1000]]
-        number = self.tables[1].numbers()
-        self.sample = self.texts[[number[short_name(text)] for text in some]]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        moments = torch.from_numpy(self.moments[self.rows[indices]])
-        return moments, torch.from_numpy(self.texts[self.which[indices]])
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        moments, states = self.__getitems__([index])
-        return moments[0], states[0]
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "moments": None, "texts": None}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__ = state
-        self.moments, self.texts = (table.open() for table in self.tables)
-
-
 BATCH_PIXELS = 2**19  # fits into any memory: 128 pictures of 64 × 64, 2 of 512 × 512
 
 
@@ -1943,9 +1989,10 @@ def write_texts(table: Rows, texts, text_encoder, tokenizer, batch_size=256) -> 
     with tqdm(total=len(keys), initial=len(keys) - len(missing), desc="texts") as bar:
         for start in range(0, len(missing), batch_size):
             names, batch = map(list, zip(*missing[start : start + batch_size]))
-            states = text_encoder(tokenizer(batch).to(device))
+            states = text_encoder(caption_ids(tokenizer, batch).to(device))
             table.append(names, states.half().cpu().numpy())
             bar.update(len(batch))
+    warn_about_long(tokenizer, [text for _, text in missing])
 
 
 @torch.no_grad()
@@ -2013,6 +2060,52 @@ def find_rows(moments: Rows, texts: Rows, items: list[tuple[str, str]]) -> np.nd
     places = np.searchsorted(good, np.arange(len(items))) % len(good)
     stand_ins = (items[good[place]] for place in places)
     return np.array([(row[key], number[short_name(text)]) for key, text in stand_ins])
+
+
+class Encoded(Dataset):
+    """A dataset after its frozen parts: latents' moments and text states, in files.
+
+    `moments` (rows, 2c, h, w) and `texts` (m, tokens, d), both float16, are mapped
+    from `folder`, which several trainings may share; `rows` and `which` are the rows of
+    each item, `captions` what it says. Text 0 is "". What is missing is computed first
+    (`fill_cache`); pictures that cannot be read are left out, with a warning. Indexed
+    with a list, it gives `(moments, text states)` of the whole batch at once. `sample`
+    (m, tokens, d) are the states of `some_captions` (or of the first 1000 items').
+    """
+
+    def __init__(
+        self, dataset, vae, text_encoder, tokenizer, folder, num_workers=0,
+        some_captions=(),
+    ):  # fmt: skip
+        *self.tables, items = fill_cache(
+            Path(folder), dataset, vae, text_encoder, tokenizer, num_workers,
+            some_captions,
+        )  # fmt: skip
+        self.rows, self.which = find_rows(*self.tables, items).T
+        self.moments, self.texts = (table.open() for table in self.tables)
+        some = list(some_captions) or [text for _, text in items[:1000]]
+        number = self.tables[1].numbers()
+        said = {number[short_name(text)]: text for _, text in items}
+        self.captions = [said[which] for which in self.which]
+        self.sample = self.texts[[number[short_name(text)] for text in some]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        moments = torch.from_numpy(self.moments[self.rows[indices]])
+        return moments, torch.from_numpy(self.texts[self.which[indices]])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        moments, states = self.__getitems__([index])
+        return moments[0], states[0]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "moments": None, "texts": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = state
+        self.moments, self.texts = (table.open() for table in self.tables)
 
 
 def encode_dataset(
@@ -2392,7 +2485,8 @@ class Validation:
             pixels, captions = zip(*items, strict=True)
             with torch.no_grad():
                 x0 = vae.encode(torch.stack(pixels).to(self.device)).mean * loss.scale
-                context = text_encoder(tokenizer(list(captions)).to(self.device))
+                ids = caption_ids(tokenizer, list(captions)).to(self.device)
+                context = text_encoder(ids)
             self.batches.append((x0, context))
 
     @torch.no_grad()

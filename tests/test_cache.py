@@ -302,6 +302,7 @@ def test_others_stand_in_for_what_cannot_be_read(encoded, pictures):
     kept = [*whole[:place], whole[place + 1], *whole[place + 1 :]] * 2
     number = {caption: i for i, caption in enumerate(["", *whole])}
     assert cache.which.tolist() == [number[caption] for caption in kept]
+    assert cache.captions == kept
     with pytest.raises(ValueError, match="03.png"):
         encoded(on_error="raise")
     for file in pictures.glob("*.png"):
@@ -357,6 +358,18 @@ def test_a_copy_in_a_worker_maps_the_files_itself(encoded):
     copy = pickle.dumps(cache)
     assert len(copy) < cache.moments.nbytes + cache.sample.nbytes
     assert same(pickle.loads(copy), cache)
+
+
+def test_captions_that_are_too_long_are_one_warning(encoded, pictures, recwarn):
+    for index in (2, 3, 7):
+        (pictures / f"{index:02}.txt").write_text(f"card {index} " + "three " * 40)
+    encoded()
+    (said,) = (str(one.message) for one in recwarn if "tokens" in str(one.message))
+    assert said.startswith("3 captions are longer than 38 tokens") and "shorten" in said
+    assert "'card 2 three three" in said
+    recwarn.clear()
+    encoded()
+    assert not [one for one in recwarn if "tokens" in str(one.message)]
 
 
 # Shards ----------------------------------------------------------------------------

@@ -386,6 +386,17 @@ def test_a_plan_of_a_shipped_config(tmp_path, capsys, monkeypatch):
     assert "wrote" not in said and not (tmp_path / "run").exists()
 
 
+def test_a_plan_of_a_fine_tuning(tmp_path, capsys):
+    write_folder(Scenes(64), tmp_path / "pictures", 3)
+    flags = ["--dry_run", "--train_text_encoder", "--output_dir", str(tmp_path / "run")]
+    flags += ["--dataset_path", str(tmp_path / "pictures")]
+    main(["train-lora", "--config", str(CONFIGS / "lora.yaml"), *flags])
+    said = capsys.readouterr().out
+    assert "3 pictures to train on" in said and "400 of 8 pictures" in said
+    assert "class   60 pictures drawn first" in said
+    assert "wrote" not in said and not (tmp_path / "run").exists()
+
+
 def test_ctrl_c_in_a_training(capsys, monkeypatch):
     def stop(config):
         raise KeyboardInterrupt("after step 3; the same command goes on from there")

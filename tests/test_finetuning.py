@@ -18,6 +18,7 @@ from sdbook.finetuning import (
     LoRATrainingConfig,
     LowRank,
     NewWords,
+    WithText,
     WordTrainingConfig,
     add_word,
     load_lora,
@@ -28,6 +29,7 @@ from sdbook.finetuning import (
     train_lora,
     train_word,
 )
+from sdbook.training import DiffusionLoss, step_generator
 from sdbook.weights import WeightsError, read_weights
 
 WORD = "<glorp>"
@@ -122,22 +124,28 @@ def test_several_add_up_and_scale_is_a_dial(pipe):
     assert torch.equal(answer(pipe, given), plain)
 
 
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
 @pytest.mark.parametrize("layers", ["attention", "all"])
-def test_merging_changes_nothing_but_rounding_and_unmerging_is_exact(pipe, layers):
-    given = inputs(pipe)
-    plain = answer(pipe, given)
-    weights = {name: t.clone() for name, t in pipe.unet.state_dict().items()}
-    lora = trained(pipe.unet, rank=3, alpha=2, layers=layers, scale=0.7)
-    changed = answer(pipe, given)
+@torch.no_grad()
+def test_merging_changes_nothing_but_rounding_and_unmerging_is_exact(
+    pipe, layers, part
+):
+    model = getattr(pipe, part)
+    ids = (pipe.tokenizer(["a red star"]),)
+    given = inputs(pipe) if part == "unet" else ids
+    plain = model(*given)
+    weights = {name: t.clone() for name, t in model.state_dict().items()}
+    lora = trained(model, rank=3, alpha=2, layers=layers, scale=0.7)
+    changed = model(*given)
     lora.merge()
-    assert relative_error(answer(pipe, given), changed) < 1e-5
-    assert list(pipe.unet.state_dict()) == list(weights)
+    assert relative_error(model(*given), changed) < 1e-5
+    assert list(model.state_dict()) == list(weights)
     lora.unmerge()
-    after = pipe.unet.state_dict()
+    after = model.state_dict()
     assert all(torch.equal(after[name], t) for name, t in weights.items())
-    assert torch.equal(answer(pipe, given), changed)
+    assert torch.equal(model(*given), changed)
     lora.remove()
-    assert torch.equal(answer(pipe, given), plain)
+    assert torch.equal(model(*given), plain)
 
 
 def test_merging_twice_and_out_of_order_is_refused(pipe):
@@ -376,6 +384,21 @@ KINDS = {
         {"class_prompts": ("a boat",), "num_class_pictures": 2, "ema_decay": 0.9},
     ),
     "whole": (train_lora, LoRATrainingConfig, {"rank": 0}),
+    "text": (
+        train_lora,
+        LoRATrainingConfig,
+        {
+            "train_text_encoder": True,
+            "class_prompts": ("a boat",),
+            "ema_decay": 0.9,
+            "num_class_pictures": 2,
+        },
+    ),
+    "whole, text": (
+        train_lora,
+        LoRATrainingConfig,
+        {"rank": 0, "train_text_encoder": True},
+    ),
     "word": (train_word, WordTrainingConfig, {"word": WORD}),
 }
 
@@ -384,13 +407,13 @@ def result_of(config, function):
     """Every tensor that a run has written, by file."""
     function(config)
     folder = Path(config.output_dir)
+    whole = folder / "pipeline"
     files = (
         folder.glob("*.safetensors")
         if getattr(config, "rank", 1)
-        else [folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"]
+        else [*whole.glob("unet/*.safetensors"), *whole.glob("text_encoder/*.safe*")]
     )
-    (file,) = files
-    return read_weights(file)
+    return {name: t for file in files for name, t in read_weights(file).items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -417,11 +440,111 @@ def test_a_run_that_was_stopped_goes_on_exactly(kind, home, tmp_path, monkeypatc
     again = result_of(config, function)
     assert whole.keys() == again.keys()
     assert all(torch.equal(again[name], t) for name, t in whole.items())
-    before = read_weights(home / "model/unet/diffusion_pytorch_model.safetensors")
-    moved = any(t.any() for name, t in whole.items() if "lora_B" in name)
-    if kind == "whole":
-        moved = any(not torch.equal(whole[name], t) for name, t in before.items())
-    assert moved or kind == "word"
+    before = {
+        part: read_weights(*(home / "model" / part).glob("*.safetensors"))
+        for part in ("unet", "text_encoder")
+    }
+    moved = {
+        name.split(".")[0] for name, t in whole.items() if "_B" in name and t.any()
+    }
+    if "whole" in kind:
+        moved = {
+            part for part, weights in before.items()
+            if any(not torch.equal(whole[name], t) for name, t in weights.items())
+        }  # fmt: skip
+    expected = {"unet", "text_encoder"} if "text" in kind else {"unet"}
+    assert moved == expected or kind == "word"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plan_and_nothing_else(kind, home, tmp_path, capsys):
+    function, config_class, more = KINDS[kind]
+    folder = tmp_path / "run"
+    config = settings(home, config_class, output_dir=str(folder), dry_run=True, **more)
+    assert function(config) is None
+    said = capsys.readouterr().out
+    for words in (
+        "6 pictures to train on", "parameters to train", "4 of 2 pictures",
+        "memory  about", str(folder), "start   from step 0",
+    ):  # fmt: skip
+        assert words in said, said
+    assert ("class   2 pictures drawn first" in said) == ("class_prompts" in more)
+    assert ("model   16 parameters" in said) == (kind == "word")
+    assert not folder.exists()
+
+
+def test_the_plan_reckons_what_a_step_keeps(home, monkeypatch):
+    """More is kept with class pictures and a text model; a whole UNet weighs more."""
+    said = {}
+    monkeypatch.setattr(
+        finetuning, "say_plan", lambda config, data, module, memory, **more: memory
+        and said.update({config.output_dir: memory}),
+    )  # fmt: skip
+    for kind in ("lora", "prior", "text", "whole", "word"):
+        function, config_class, more = KINDS[kind]
+        more = {**more, "ema_decay": 0.0, "output_dir": kind, "dry_run": True}
+        function(settings(home, config_class, **more))
+    assert said["prior"]["weights"] == said["lora"]["weights"]
+    assert said["prior"]["batch"] == pytest.approx(2 * said["lora"]["batch"], rel=0.05)
+    assert said["prior"]["batch"] < said["text"]["batch"]
+    weights = {kind: memory["weights"] for kind, memory in said.items()}
+    assert weights["word"] < weights["lora"] < weights["text"] < weights["whole"]
+
+
+def test_a_checkpoint_of_another_rank_is_refused_before_the_work(home, tmp_path):
+    config = settings(home, LoRATrainingConfig, output_dir=str(tmp_path), max_steps=1)
+    train_lora(config)
+    config = replace(config, rank=2, class_prompts=("a boat",))
+    with pytest.raises(ValueError, match="another model.*rank"):
+        train_lora(config)
+    assert not (tmp_path / "class").exists()
+
+
+def test_a_size_that_cannot_be_halved_is_refused(home):
+    with pytest.raises(ValueError, match="image_size is 60.*multiple of 8; give 64"):
+        train_lora(settings(home, LoRATrainingConfig, image_size=60))
+
+
+def test_the_text_model_is_trained_and_diffusers_opens_both_formats(home, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    config = settings(
+        home, LoRATrainingConfig, output_dir=str(tmp_path), max_steps=3,
+        learning_rate=0.05, train_text_encoder=True, layers="all", rank=2, alpha=3.0,
+    )  # fmt: skip
+    pipe = train_lora(config)
+    again = StableDiffusion.from_pretrained(config.pretrained)
+    ids = pipe.tokenizer(["a red star"])
+    plain = again.text_encoder(ids)
+    kohya = tmp_path / "kohya.safetensors"
+    save_lora(kohya, *load_lora(again, tmp_path), kohya=True)
+    assert {n.split("_")[1] for n in read_weights(kohya)} == {"unet", "te"}
+    other = StableDiffusion.from_pretrained(config.pretrained)
+    load_lora(other, kohya)
+    given = inputs(pipe)
+    for opened in (again, other):
+        assert relative_error(opened.text_encoder(ids), plain) > 1e-2
+        states = pipe.text_encoder(ids)
+        assert relative_error(opened.text_encoder(ids), states) < 1e-5
+        assert relative_error(answer(opened, given), answer(pipe, given)) < 1e-5
+    for file in (tmp_path / finetuning.LORA_FILE, kohya):
+        theirs = diffusers.StableDiffusionPipeline.from_pretrained(config.pretrained)
+        theirs.load_lora_weights(file.parent, weight_name=file.name)
+        for ours, reference in zip(*both_answers(pipe, theirs, given), strict=True):
+            assert relative_error(ours, reference) < 1e-5
+
+
+def test_the_loss_takes_ids_where_the_text_model_is_inside(pipe):
+    """States that are computed in the loop give the loss of those in the cache."""
+    batch = torch.randn(4, 8, 8, 8), pipe.tokenizer(["a red star", "two fish"] * 2)
+    states, empty = (pipe.text_encoder(i) for i in (batch[1], pipe.tokenizer([""])))
+    kwargs = dict(scheduler=pipe.scheduler, scale=1.0, caption_dropout=0.5)
+    cached = DiffusionLoss(empty=empty[0].detach(), **kwargs)
+    looped = DiffusionLoss(empty=pipe.tokenizer([""])[0], **kwargs)
+    given = step_generator(0, 3), (0, 1)
+    one, _ = cached(pipe.unet, (batch[0], states), *given)
+    given = step_generator(0, 3), (0, 1)
+    two, _ = looped(WithText(pipe.unet, pipe.text_encoder), batch, *given)
+    torch.testing.assert_close(one, two)
 
 
 def test_what_was_trained_is_what_the_file_holds(home, tmp_path):

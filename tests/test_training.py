@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,13 @@ from torch import nn
 from sdbook import training
 from sdbook.attention import Attention
 from sdbook.clip import CLIPTextConfig, CLIPTextModel
-from sdbook.data import Scenes, is_held_out, read_caption, write_folder
+from sdbook.data import (
+    CaptionedImages,
+    Scenes,
+    is_held_out,
+    read_caption,
+    write_folder,
+)
 from sdbook.evaluation import Judge, satisfies
 from sdbook.pipeline import StableDiffusion, to_pictures
 from sdbook.schedulers import DDIMScheduler
@@ -409,6 +416,37 @@ def test_an_average_begun_later_starts_from_the_weights(tmp_path):
     assert same(average.state_dict(), checkpoint_of(tmp_path)["model"])
 
 
+def test_going_on_with_other_settings_names_them(tmp_path, recwarn):
+    def go_on(**options):
+        recwarn.clear()
+        optimise(replace(config, **options), nn.Linear(1, 1), Numbers(), line_loss)
+        said = [str(one.message) for one in recwarn]
+        return [text for text in said if "other settings" in text]
+
+    config = line_config(tmp_path, max_steps=10)
+    assert go_on() == []
+    assert checkpoint_of(tmp_path)["settings"]["batch_size"] == 4
+    silent = dict(log_every=1, checkpoint_every=3, keep_checkpoints=5, num_workers=1)
+    assert go_on() == go_on(**silent, resume=str(tmp_path)) == []
+    (said,) = go_on(batch_size=2, learning_rate=0.1, dataset_path="pets", kinds=("a",))
+    for words in (
+        "batch_size was 4 and is 2;", "learning_rate was 0.2 and is 0.1.",
+        "dataset_path was 'scenes' and is 'pets';", "kinds was [] and is ['a'];",
+    ):  # fmt: skip
+        assert words in said
+    (said,) = go_on(max_steps=12)  # the cosine ends later
+    assert "max_steps was 10 and is 12." in said
+
+
+def test_more_steps_at_a_constant_rate_are_no_other_settings(tmp_path, recwarn):
+    config = line_config(tmp_path, max_steps=3, lr_scheduler="constant")
+    for steps in (3, 5):
+        config = replace(config, max_steps=steps)
+        optimise(config, nn.Linear(1, 1), Numbers(), line_loss)
+    assert not any("other settings" in str(one.message) for one in recwarn)
+    assert checkpoint_of(tmp_path)["step"] == 5
+
+
 def spoiled_loss(bad_steps):
     """A loss that is no number in some steps, counted from 0."""
     count = iter(range(1000))
@@ -686,6 +724,17 @@ def test_what_a_forward_pass_keeps():
     assert kept == 4 * 32 * (8 + 16)  # what goes into each layer, once
 
 
+def test_frozen_weights_are_in_memory_once():
+    """And need neither gradients nor means; a part beside the model counts, too."""
+    model = nn.Linear(8, 4, bias=False).to("meta").requires_grad_(False)
+    beside = nn.Linear(4, 2, bias=False).to("meta")
+    inputs = torch.empty(32, 8, device="meta")
+    for decay, copies in ((0.0, 4), (0.9, 5)):
+        config = RunConfig(ema_decay=decay)
+        memory = training.memory_needed(config, model, inputs, beside=(beside,))
+        assert memory == {"weights": 4 * (8 * 4 + copies * 4 * 2), "batch": 0}
+
+
 def test_fused_attention_keeps_no_scores():
     """What a GPU spares is the table of scores, 4 bytes for each pair of tokens."""
     with torch.device("meta"):
@@ -737,7 +786,7 @@ def test_twins_differ_in_one_point_that_both_captions_say():
 def test_exchanged_shapes_alone_are_no_twins():
     scenes = Scenes(64, length=200, kinds=["two"])
     for i in range(200):
-        _, one, two = Twins(scenes).invent(scenes.scene(i), np.random.default_rng(i))
+        _, one, two = training.invent_twin(scenes.scene(i), np.random.default_rng(i))
         assert set(one.groups) != set(two.groups)
 
 
@@ -756,6 +805,14 @@ def test_both_are_saved_and_improve(frozen):
     log = log_of(frozen / "vae")
     assert log[-1]["loss"] < log[0]["loss"] and log[-1]["psnr"] > 3
     assert (frozen / "clip" / "text_encoder" / "model.safetensors").exists()
+
+
+def test_long_captions_are_one_warning(tmp_path, recwarn):
+    """Not one for each caption, and none for each batch."""
+    toy = {**TOY_CLIP, "max_length": 8, "max_steps": 2}
+    train_clip(CLIPTrainingConfig(**toy, output_dir=f"{tmp_path}/clip"))
+    said = [str(w.message) for w in recwarn if "tokens" in str(w.message)]
+    assert len(said) == 1 and re.search(r"\d+ captions are longer than 6 .*'a", said[0])
 
 
 def test_each_player_learns_from_its_own_score():
@@ -1106,6 +1163,47 @@ def test_a_folder_of_pictures_from_end_to_end(tmp_path):
     )
     pipe = train(config)
     assert pipe("a boat", num_inference_steps=1).images[0].size == (64, 64)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Ten scenes in two shards, as a key `dataset_path`."""
+    webdataset = pytest.importorskip("webdataset")
+    write_folder(Scenes(64), tmp_path / "pictures", 10)
+    pattern = str(tmp_path / "%04d.tar")
+    with webdataset.ShardWriter(pattern, maxcount=5, verbose=0) as writer:
+        for file, text in CaptionedImages(tmp_path / "pictures").pairs:
+            writer.write({"__key__": file.stem, "png": file.read_bytes(), "txt": text})
+    return f"{tmp_path}/{{0000..0001}}.tar"
+
+
+@pytest.mark.parametrize("part, num_workers", [("vae", 2), ("clip", 0)])
+def test_the_frozen_parts_learn_from_shards(
+    part, num_workers, shards, tmp_path, monkeypatch, capsys
+):
+    function, config = {
+        "vae": (train_vae, VAETrainingConfig(**TOY_VAE)),
+        "clip": (train_clip, CLIPTrainingConfig(**TOY_CLIP)),
+    }[part]
+    whole, stopped = (
+        replace(
+            config, dataset_path=shards, output_dir=f"{tmp_path}/{name}", max_steps=3,
+            num_workers=num_workers, gradient_accumulation_steps=2, batch_size=2,
+        )
+        for name in ("whole", "stopped")
+    )  # fmt: skip
+    assert function(whole) is not None
+    assert "10 pictures to train on" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_checkpoint", stop_after(2))
+        with pytest.raises(KeyboardInterrupt):
+            function(stopped)
+    function(stopped)
+    assert same(*(checkpoint_of(c.output_dir) for c in (whole, stopped)))
+    if part == "vae":
+        vae = AutoencoderKL.from_pretrained(f"{tmp_path}/whole/vae")
+        assert vae.config.scaling_factor != VAEConfig().scaling_factor
+        assert all("psnr" in line for line in log_of(whole.output_dir)[-1:])
 
 
 def test_what_is_wrong_with_a_folder_is_said(tmp_path):
