@@ -64,6 +64,14 @@ def repeat_like(x: Float[Tensor, "b *shape"], y: Tensor) -> Float[Tensor, "c *sh
     return x.repeat(len(y) // len(x), *[1] * (x.ndim - 1))
 
 
+def _check_heads(channels: int, num_heads: int) -> None:
+    if channels % num_heads:
+        raise ValueError(
+            f"{channels} channels do not split into {num_heads} heads; "
+            "choose a number of heads that divides the channels"
+        )
+
+
 class Attention(nn.Module):
     """Multi-head attention from tokens to a context, or to themselves.
 
@@ -82,11 +90,7 @@ class Attention(nn.Module):
         qkv_bias: bool = False,
     ):
         super().__init__()
-        if query_dim % num_heads:
-            raise ValueError(
-                f"{query_dim} channels do not split into {num_heads} heads; "
-                "choose a number of heads that divides the channels"
-            )
+        _check_heads(query_dim, num_heads)
         context_dim = context_dim or query_dim
         self.num_heads = num_heads
         self.to_q = nn.Linear(query_dim, query_dim, bias=qkv_bias)

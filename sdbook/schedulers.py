@@ -30,12 +30,14 @@ __all__ = [
     "OPTIONS_ELSEWHERE",
     "own_options",
     "read_scheduler_file",
+    "write_scheduler_file",
     "Configured",
     "NoiseSchedule",
     "same_shape",
     "Floats",
     "Timesteps",
     "ForwardProcess",
+    "whole_timesteps",
     "Scheduler",
     "Sampler",
     "noise_like",
@@ -238,6 +240,17 @@ def read_scheduler_file(folder: str | os.PathLike) -> tuple[str, dict]:
     return str(values.get("_class_name")), options
 
 
+def write_scheduler_file(folder: str | os.PathLike, values: dict) -> None:
+    """Write a folder's `scheduler_config.json`, all of it or nothing."""
+    path = Path(folder) / "scheduler_config.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    beside.write_text(
+        json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
+    beside.replace(path)
+
+
 class Configured:
     """Something built from named options, which it can write to a file and read."""
 
@@ -283,13 +296,19 @@ class Configured:
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write `scheduler_config.json` as diffusers does."""
-        path = Path(folder) / "scheduler_config.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         values = {"_class_name": type(self).__name__, **asdict(self.config)}
-        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-        beside = path.with_suffix(f".{os.getpid()}.tmp")
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)  # all of it or nothing: never half a file
+        write_scheduler_file(folder, values)
+
+
+def _as_timesteps(t, x: Tensor) -> Tensor:
+    """t as a tensor: one number, or one for each item of x; else ValueError."""
+    t = torch.as_tensor(t)
+    if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(x))):
+        raise ValueError(
+            f"timesteps of shape {tuple(t.shape)} for a batch of {len(x)}; "
+            "pass one integer, or one per item of the batch"
+        )
+    return t
 
 
 class NoiseSchedule(Configured):
@@ -323,12 +342,7 @@ class NoiseSchedule(Configured):
         self, t: int | Int[Tensor, "..."], x: Float[Tensor, "..."]
     ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
         """(√ᾱ_t, √(1-ᾱ_t)), shaped to multiply x: the shares of signal and noise."""
-        t = torch.as_tensor(t)
-        if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(x))):
-            raise ValueError(
-                f"timesteps of shape {tuple(t.shape)} for a batch of {len(x)}; "
-                "pass one integer, or one per item of the batch"
-            )
+        t = _as_timesteps(t, x)
         # On an accelerator the check would wait for the device at every training
         # step, and the indexing below is checked there anyway.
         if t.device.type == "cpu" and t.numel():
@@ -387,6 +401,23 @@ class ForwardProcess(NoiseSchedule):
         return alpha_bar / (1 - alpha_bar)
 
 
+def whole_timesteps(spacing: str, total: int, n: int, offset: int) -> np.ndarray:
+    """The n of `total` timesteps that a run visits, from noisy to clean.
+
+    `leading`, `linspace` or `trailing`, as in Lin et al. (2024), table 2.
+    """
+    if spacing == "leading":
+        steps = np.arange(n)[::-1] * (total // n)
+        # At n = total there is no room for an offset: it shrinks to what fits.
+        steps = steps + min(offset, total - 1 - int(steps[0]))
+    elif spacing == "linspace":
+        steps = np.linspace(0, total - 1, n).round()[::-1]
+    else:
+        # Rounding can leave one entry too many, a timestep -1: not beyond n.
+        steps = np.arange(total, 0, -total / n)[:n].round() - 1
+    return steps.astype(np.int64)
+
+
 class Scheduler(ForwardProcess):
     """What all samplers share. Built with diffusers' option names as keywords."""
 
@@ -409,17 +440,11 @@ class Scheduler(ForwardProcess):
                 f"num_inference_steps={n}: expected 1 to {total}, "
                 "the number of timesteps that the model was trained with"
             )
-        if self.config.timestep_spacing == "leading":
-            steps = np.arange(n)[::-1] * (total // n)
-            # At n = total there is no room for an offset: it shrinks to what fits.
-            steps = steps + min(self.config.steps_offset, total - 1 - int(steps[0]))
-        elif self.config.timestep_spacing == "linspace":
-            steps = np.linspace(0, total - 1, n).round()[::-1]
-        else:
-            # Rounding can leave one entry too many, a timestep -1: not beyond n.
-            steps = np.arange(total, 0, -total / n)[:n].round() - 1
+        steps = whole_timesteps(
+            self.config.timestep_spacing, total, n, self.config.steps_offset
+        )
         self.num_inference_steps = n
-        self.timesteps = torch.from_numpy(steps.astype(np.int64))
+        self.timesteps = torch.from_numpy(steps)
 
     def skip(self, steps: int) -> None:
         """Leave out the first steps of the run that `set_timesteps` chose.
@@ -479,6 +504,11 @@ class Sampler(Scheduler):
         if previous < 0:
             return self.alphas_cumprod[t], self.final_alpha_bar
         return self.alphas_cumprod[t], self.alphas_cumprod[previous]
+
+    def variance(self, t: SupportsInt) -> Float[Tensor, ""]:
+        """The posterior's variance for the step at t (Song et al., equation 16)."""
+        alpha_bar, before = self.alpha_bars(self.check_timestep(t))
+        return (1 - before) / (1 - alpha_bar) * (1 - alpha_bar / before)
 
 
 def noise_like(
@@ -554,11 +584,8 @@ class DDPMScheduler(Sampler):
 class DDIMScheduler(Sampler):
     """Deterministic sampling of Song et al. (2021), with as few steps as you like.
 
-    As in diffusers, the previous timestep is `t - num_train_timesteps // n` for every
-    timestep spacing. With `leading` that is the next timestep visited; with `linspace`
-    and `trailing` it can miss it, and the noise level taken off is then slightly wrong.
-    We give the same result on purpose. Where diffusers has no result (n = 1000 with
-    `steps_offset=1` runs past the table) the offset shrinks to what fits.
+    As in diffusers, a step goes `num_train_timesteps // n` down, even with `linspace`
+    and `trailing`, where it can miss the next timestep visited.
     """
 
     config_class = DDIMConfig
@@ -573,11 +600,6 @@ class DDIMScheduler(Sampler):
         if self.num_inference_steps is None:
             raise ValueError("call set_timesteps(n) before the first step")
         return t - self.num_train_timesteps // self.num_inference_steps
-
-    def variance(self, t: SupportsInt) -> Float[Tensor, ""]:
-        """The noise variance of a step at t for eta = 1 (equation 16)."""
-        alpha_bar, before = self.alpha_bars(self.check_timestep(t))
-        return (1 - before) / (1 - alpha_bar) * (1 - alpha_bar / before)
 
     def step(
         self,

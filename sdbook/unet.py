@@ -11,19 +11,8 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import (
-    KeysValues,
-    SpatialTransformer,
-    TransformerBlock,
-    repeat_like,
-)
-from .resblocks import (
-    Downsample,
-    ResBlock,
-    TimestepMLP,
-    Upsample,
-    timestep_embedding,
-)
+from .attention import KeysValues, SpatialTransformer, TransformerBlock, repeat_like
+from .resblocks import Downsample, ResBlock, TimestepMLP, Upsample, timestep_embedding
 from .weights import Config, Pretrained
 
 __all__ = [
@@ -39,6 +28,7 @@ __all__ = [
     "UpBlock",
     "check_text",
     "check_inputs",
+    "UNetParts",
     "UNet",
     "start_as_identity",
 ]
@@ -333,15 +323,8 @@ def check_inputs(config: UNetConfig, latents: Tensor, t: Tensor, context: Text):
         )
 
 
-class UNet(Pretrained, nn.Module):
-    """Predicts the noise in latents, given the timestep and the text.
-
-    latents (b, in_channels, h, w), t (b,) or one number, context
-    (b, n, cross_attention_dim) give (b, out_channels, h, w). With 2b contexts there
-    are 2b answers, k and k + b about latent k. Many calls get cheaper with
-    `context=unet.read(context)` and `time=unet.embed_time(t)`. Raises ValueError
-    for inputs that do not fit. From Rombach et al. (2022), section 3.3.
-    """
+class UNetParts(Pretrained, nn.Module):
+    """The layers of the UNet, and what can be asked of them beforehand."""
 
     config_class = UNetConfig
     diffusers_class = "UNet2DConditionModel"
@@ -371,6 +354,17 @@ class UNet(Pretrained, nn.Module):
         """The keys and values of a text in every cross-attention."""
         blocks = [m for m in self.modules() if isinstance(m, TransformerBlock)]
         return {block: block.attn2.read(context) for block in blocks}
+
+
+class UNet(UNetParts):
+    """Predicts the noise in latents, given the timestep and the text.
+
+    latents (b, in_channels, h, w), t (b,) or one number, context
+    (b, n, cross_attention_dim) give (b, out_channels, h, w). With 2b contexts there
+    are 2b answers, k and k + b about latent k. Many calls get cheaper with
+    `context=unet.read(context)` and `time=unet.embed_time(t)`. Raises ValueError
+    for inputs that do not fit. From Rombach et al. (2022), section 3.3.
+    """
 
     def forward(
         self,
