@@ -34,8 +34,9 @@ def expected():
     return draw(device="cpu")
 
 
-def test_the_same_picture_as_on_the_cpu(expected):
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+def test_the_same_picture_as_on_the_cpu(expected, monkeypatch):
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        monkeypatch.setattr(backend, "allow_tf32", False)
     assert (draw() - expected).abs().max() < 1e-3
 
 

@@ -6,8 +6,9 @@
 Every row is the whole step of `sdbook train` (loss, backward, clipping, AdamW, average)
 on latents and texts that lie ready. Its arithmetic is counted by PyTorch's
 FlopCounterMode, once, and divided by the time. The peak is measured, too: the fastest
-of some products of two large matrices in the same precision. The rows are timed in
-turns, and the medians kept. Writes data/runs/throughput/cpu.json or gpu.json.
+of some products of two large matrices in the same precision. Each row is timed in
+several rounds, one row after the other, and the median kept. Writes cpu.json or
+gpu.json to data/runs/throughput/.
 """
 
 import argparse
@@ -51,6 +52,7 @@ def make_step(sizes: str, batch: int, precision: str, compiled: bool):
     with FlopCounterMode(display=False) as counter:
         step(0)
     if compiled:
+        torch._dynamo.reset()  # or the second size gets code made for any
         unet.compile()
     count = sum(weight.numel() for weight in unet.parameters())
     return step, counter.get_total_flops(), count
@@ -113,6 +115,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.gpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     device = "cuda" if options.gpu else "cpu"
+    # The peak of float32 and the step of float32 shall count the same digits.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     side = options.side or (8192 if options.gpu else 2048)
     options.peaks = {
         name: peak_flops(device, TYPES[name], side) for name in options.precisions
