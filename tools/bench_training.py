@@ -215,6 +215,23 @@ def measure(steps: dict, rounds: int, count: int) -> dict[str, list[float]]:
     return times
 
 
+def write_record(file: Path, arguments: list[str] | None, gpu: bool, what: dict):
+    """What was measured, with the command and the machine, as a JSON file."""
+    tool = f"tools/{Path(sys.argv[0]).name}"
+    command = ["python", tool, *(arguments or sys.argv[1:])]
+    device = torch.cuda.get_device_name() if gpu else platform.processor()
+    record = {
+        "command": " ".join(command),
+        "device": device or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        **what,
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"written to {file}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="How fast a training step is.")
     parser.add_argument("--sizes", choices=DATA_SIZE, default="book")
@@ -239,19 +256,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name:<18}{speed:12.1f}{ratio:8.2f}")
         rows.append({"who": name, "pictures_per_second": speed, "ratio": ratio,
                      "seconds_per_step": ours})  # fmt: skip
-    device = torch.cuda.get_device_name() if options.gpu else platform.processor()
-    command = ["python", "tools/bench_training.py", *(arguments or sys.argv[1:])]
-    record = {
-        "command": " ".join(command),
-        "device": device or platform.machine(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "sizes": options.sizes,
-        "batch_size": options.batch_size, "mixed_precision": options.mixed_precision,
-        "rows": rows,
-    }  # fmt: skip
-    options.output.mkdir(parents=True, exist_ok=True)
+    facts = {"sizes": options.sizes, "batch_size": options.batch_size,
+             "mixed_precision": options.mixed_precision}  # fmt: skip
     file = options.output / f"{options.sizes}-{'gpu' if options.gpu else 'cpu'}.json"
-    file.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"written to {file}")
+    write_record(file, arguments, options.gpu, {**facts, "rows": rows})
     return 0
 
 

@@ -12,16 +12,14 @@ gpu.json to data/runs/throughput/.
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
-from bench_training import our_step, parts, seconds
+from bench_training import our_step, parts, seconds, write_record
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdbook.clip import Tokenizer
@@ -131,21 +129,9 @@ def main(arguments: list[str] | None = None) -> int:
         for b in batches
     ]
     measure(rows, options)
-    name = torch.cuda.get_device_name() if options.gpu else platform.processor()
-    record = {
-        "command": " ".join(
-            ["python", "tools/measure_throughput.py", *(arguments or sys.argv[1:])]
-        ),
-        "device": name or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "peaks": options.peaks,
-        "rows": rows,
-    }
-    options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / f"{'gpu' if options.gpu else 'cpu'}.json"
-    file.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"written to {file}")
+    what = {"peaks": options.peaks, "rows": rows}
+    write_record(file, arguments, options.gpu, what)
     return 0
 
 
