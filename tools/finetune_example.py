@@ -1,25 +1,39 @@
-"""Teach the shipped model a shape that it never saw, and measure what it cost.
+"""Teach the shipped model something that it never saw, and measure what it cost.
 
-    python tools/finetune_example.py --output_dir data/runs/finetuning
+    python tools/finetune_example.py                   a colour: teal
+    python tools/finetune_example.py --lesson ring     a shape
 
-Eight pictures of rings, each with a caption, train a LoRA (chapter 12). Before and
-after it, chapter 11's judge, which knows rings here, reads what the model draws: rings
-in colours that the pictures had and in others, rings together with known things, and
-the old prompts, to see what was forgotten. Writes result.json, log.jsonl and
-rings.png; the run itself, which can be stopped and goes on, lies in --run_dir.
+Ten pictures, each with a caption, teach it in three ways (chapter 12): a LoRA that
+rehearses what the model drew before, a LoRA that does not, and a new word alone.
+Before and after, chapter 11's judge, which knows the new thing here, reads what the
+model draws: the new thing as it was shown and as it was not, beside things that the
+model knows, and the old prompts, to see what was forgotten. Writes LESSON.json,
+LESSON.png and LESSON.safetensors, the first LoRA, to --output_dir; the runs, which can
+be stopped and go on, lie in --run_dir.
 """
 
 import argparse
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from sdbook import StableDiffusion
-from sdbook.data import SHAPES, Group, Request, arrange, describe, draw, read_caption
+from sdbook.data import (
+    COLOURS,
+    SHAPES,
+    Group,
+    Request,
+    arrange,
+    describe,
+    draw,
+    read_caption,
+)
 from sdbook.evaluation import (
     Judge,
     labelled_grid,
@@ -28,61 +42,86 @@ from sdbook.evaluation import (
     templates,
     wilson,
 )
-from sdbook.finetuning import LoRATrainingConfig, train_lora
+from sdbook.finetuning import (
+    LORA_FILE,
+    LoRATrainingConfig,
+    WordTrainingConfig,
+    train_lora,
+    train_word,
+)
 
+TEAL = (40, 130, 140)
 RING = [("plain", (-0.95, -0.95, 0.95, 0.95)), ("hole", (-0.5, -0.5, 0.5, 0.5))]
-SHOWN = ("red", "green", "blue", "yellow")  # colours of the rings in the pictures
-OTHERS = ("orange", "purple", "pink", "brown")
 PLACES = ("paper", "sky", "meadow", "sand", "dusk")
+RELATIONS = ("above", "left", "below", "right")
+KNOWN = {"shape": list(SHAPES), "colour": list(COLOURS)}
+WAYS = ("rehearsed", "not rehearsed", "new word")
 
 
-def ring(colour, size=None):
-    return Group(1, "ring", colour, size)
+class Lesson:
+    """A new shape or a new colour, shown with some of the known ones and not others."""
+
+    def __init__(self, word: str):
+        self.word, self.axis = word, {"ring": "shape", "teal": "colour"}[word]
+        self.others = {"ring": KNOWN["colour"][-2:], "teal": ["heart", "boat"]}[word]
+        known = KNOWN["colour" if word == "ring" else "shape"]
+        self.shown = [name for name in known if name not in self.others]
+
+    def teach_the_judge(self) -> None:
+        if self.word == "ring":
+            SHAPES["ring"] = RING
+        else:
+            COLOURS["teal"] = TEAL
+        templates.cache_clear()
+
+    def new(self, name: str, size: str | None = None) -> Group:
+        """The new thing: a teal `name`, or a `name` ring."""
+        pair = ("ring", name) if self.axis == "shape" else (name, "teal")
+        return Group(1, *pair, size)
+
+    def write_pictures(self, folder: Path, count: int, word: str) -> None:
+        """Pictures beside their captions, every other one with a known thing in it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(0)
+        for number in range(count):
+            place, relation = PLACES[number % 5], None
+            groups = [self.new(self.shown[number % len(self.shown)], "small")]
+            if number % 2:
+                pair = KNOWN["shape"][(number + 3) % 8], KNOWN["colour"][number % 8]
+                groups.append(Group(1, *pair, "small"))
+                groups = groups[:: (1, -1)[number // 2 % 2]]
+                relation = RELATIONS[number // 2 % 4]
+            request = Request(tuple(groups), relation, place)
+            picture = draw(arrange(request, rng), place)
+            Image.fromarray(picture).save(folder / f"{number:03}.png")
+            caption = describe(request).replace(self.word, word)
+            (folder / f"{number:03}.txt").write_text(caption)
+
+    def questions(self, count: int) -> dict[str, list[Request]]:
+        """What to draw of the new thing, kind by kind."""
+        rng = np.random.default_rng(1)
+
+        def alone(names, number):
+            return Request(
+                (self.new(names[number % len(names)]),), background=PLACES[number % 5]
+            )
+
+        def with_known():
+            new = self.new(str(rng.choice(self.shown + self.others)))
+            shapes = [name for name in KNOWN["shape"] if name != new.shape]
+            thing = Group(1, str(rng.choice(shapes)), str(rng.choice(KNOWN["colour"])))
+            groups = (new, thing) if rng.random() < 0.5 else (thing, new)
+            return Request(groups, str(rng.choice(RELATIONS)))
+
+        return {
+            "as shown": [alone(self.shown, number) for number in range(count)],
+            "not as shown": [alone(self.others, number) for number in range(count)],
+            "beside a known thing": [with_known() for _ in range(count)],
+        }
 
 
-def write_pictures(folder: Path, count: int) -> None:
-    """Rings in four colours and both sizes, each beside its caption."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    for number in range(count):
-        colour, place = SHOWN[number % len(SHOWN)], PLACES[number % len(PLACES)]
-        size = ("big", "small")[number // len(SHOWN) % 2]
-        request = Request((ring(colour, size),), background=place)
-        picture = draw(arrange(request, rng), place)
-        Image.fromarray(picture).save(folder / f"{number:03}.png")
-        (folder / f"{number:03}.txt").write_text(describe(request))
-
-
-def known_questions(count: int) -> list[tuple[str, Request]]:
-    """Prompts that the model was trained for, with what they ask for."""
-    texts = prompts("colours", count // 2) + prompts("position", count - count // 2)
-    return [(text, read_caption(text)) for text in texts]
-
-
-def new_questions(count: int) -> dict[str, list[tuple[str, Request]]]:
-    """Prompts about rings, kind by kind, with what they ask for."""
-    rng = np.random.default_rng(1)
-    things = [shape for shape in SHAPES if shape != "ring"]
-
-    def alone(colours, number):
-        return Request((ring(colours[number % 4]),), background=PLACES[number % 5])
-
-    def with_known():
-        colours = (str(rng.choice(SHOWN + OTHERS)) for _ in range(2))
-        thing = Group(1, str(rng.choice(things)), next(colours))
-        relation = str(rng.choice(("above", "below", "left", "right")))
-        return Request((ring(next(colours)), thing), relation)
-
-    kinds = {
-        "ring, colours shown": [alone(SHOWN, number) for number in range(count)],
-        "ring, other colours": [alone(OTHERS, number) for number in range(count)],
-        "ring and a known thing": [with_known() for _ in range(count)],
-    }
-    return {k: [(describe(r), r) for r in requests] for k, requests in kinds.items()}
-
-
-def score(pipe, asked, steps: int) -> tuple[dict, list]:
-    """Share right of each kind, and some pictures with what was seen."""
+def score(pipe, asked: dict, steps: int) -> tuple[dict, list]:
+    """Share right of each kind, and the first four pictures of each."""
     judge, table, shown = Judge(), {}, []
     for kind, pairs in asked.items():
         right = 0
@@ -104,54 +143,100 @@ def score(pipe, asked, steps: int) -> tuple[dict, list]:
     return table, shown
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, default="data/runs/finetuning")
-    parser.add_argument("--run_dir", type=Path, default="runs/finetuning")
-    parser.add_argument("--checkpoint_path", default="scenes")
-    parser.add_argument("--num_pictures", type=int, default=8)
-    parser.add_argument("--num_prompts", type=int, default=48)
-    parser.add_argument("--num_class_pictures", type=int, default=64)
-    parser.add_argument("--max_steps", type=int, default=600)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--num_inference_steps", type=int, default=15)
-    options = parser.parse_args()
-
-    class_prompts = prompts("colours", 32, seed=7) + prompts("position", 32, seed=7)
-    known = known_questions(options.num_prompts)  # before there are rings
-    SHAPES["ring"] = RING  # from here on the judge knows them
-    templates.cache_clear()
-    asked = new_questions(options.num_prompts) | {"known prompts": known}
-    write_pictures(options.run_dir / "pictures", options.num_pictures)
-    pipe = StableDiffusion.from_pretrained(options.checkpoint_path)
-    before, _ = score(pipe, asked, options.num_inference_steps)
-    config = LoRATrainingConfig(
-        dataset_path=str(options.run_dir / "pictures"),
-        pretrained=options.checkpoint_path,
-        output_dir=str(options.run_dir / "lora"),
-        rank=options.rank,
-        layers="all",
-        class_prompts=tuple(class_prompts),
-        num_class_pictures=options.num_class_pictures,
-        max_steps=options.max_steps,
-        learning_rate=options.learning_rate,
-        log_every=20,
+def train(way: str, lesson: Lesson, options, rehearsal: list[str]) -> StableDiffusion:
+    """One of the three ways, from the shipped weights."""
+    word = f"<{lesson.word}>" if way == "new word" else lesson.word
+    folder = options.run_dir / lesson.word / way.replace(" ", "-")
+    lesson.write_pictures(folder / "pictures", options.num_pictures, word)
+    same = {
+        "dataset_path": str(folder / "pictures"),
+        "pretrained": options.checkpoint_path,
+        "output_dir": str(folder / "run"),
+        "max_steps": options.max_steps,
+        "log_every": 20,
+    }
+    if way == "new word":
+        like = {"ring": "ball", "teal": "blue"}[lesson.word]
+        return train_word(WordTrainingConfig(word=word, like=like, **same))
+    pipe = train_lora(
+        LoRATrainingConfig(
+            rank=options.rank,
+            layers=options.layers,
+            learning_rate=options.learning_rate,
+            class_prompts=tuple(rehearsal) if way == "rehearsed" else (),
+            num_class_pictures=options.num_class_pictures,
+            **same,
+        )
     )
-    started = time.perf_counter()
-    pipe = train_lora(config)
-    seconds = round(time.perf_counter() - started)
-    after, shown = score(pipe, asked, options.num_inference_steps)
+    if way == "rehearsed":
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+        path = options.output_dir / f"{lesson.word}.safetensors"
+        shutil.copy(folder / "run" / LORA_FILE, path)
+    return pipe
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lesson", choices=("teal", "ring"), default="teal")
+    parser.add_argument("--output_dir", type=Path, default=Path("data/runs/finetuning"))
+    parser.add_argument("--run_dir", type=Path, default=Path("runs/finetuning"))
+    parser.add_argument("--checkpoint_path", default="scenes")
+    parser.add_argument("--num_pictures", type=int, default=10)
+    parser.add_argument("--num_prompts", type=int, default=48, help="of each kind (48)")
+    parser.add_argument("--num_class_pictures", type=int, default=64)
+    parser.add_argument("--max_steps", type=int, default=400)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--layers", choices=("attention", "all"), default="attention")
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--num_inference_steps", type=int, default=15)
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(given)
+
+    lesson, half = Lesson(options.lesson), options.num_prompts // 2
+    rehearsal = prompts("colours", 32, seed=7) + prompts("position", 32, seed=7)
+    old = prompts("colours", half) + prompts("position", options.num_prompts - half)
+    old = [(text, read_caption(text)) for text in old]  # before the judge learns more
+    lesson.teach_the_judge()
+    asked = {
+        kind: [(describe(request), request) for request in requests]
+        for kind, requests in lesson.questions(options.num_prompts).items()
+    } | {"old prompts": old}
+
+    pipe = StableDiffusion.from_pretrained(options.checkpoint_path)
+    print("before")
+    tables = {"before": score(pipe, asked, options.num_inference_steps)[0]}
+    seconds, sheet = {}, []
+    for way in WAYS:
+        started = time.perf_counter()
+        pipe = train(way, lesson, options, rehearsal)
+        seconds[way] = round(time.perf_counter() - started)
+        if way == "new word":
+            asked = {
+                kind: [(t.replace(lesson.word, f"<{lesson.word}>"), r) for t, r in rows]
+                for kind, rows in asked.items()
+            }
+        print(way)
+        tables[way], shown = score(pipe, asked, options.num_inference_steps)
+        sheet = sheet or shown
     options.output_dir.mkdir(parents=True, exist_ok=True)
     facts = {k: v for k, v in vars(options).items() if not k.endswith("_dir")}
-    result = {"settings": facts, "seconds": seconds, "before": before, "after": after}
+    result = {
+        "command": " ".join(["python", "tools/finetune_example.py", *given]),
+        "settings": facts,
+        "threads": torch.get_num_threads(),
+        "seconds": seconds,
+        "tables": tables,
+    }
     text = json.dumps(result, indent=1) + "\n"
-    (options.output_dir / "result.json").write_text(text)
-    shutil.copy(options.run_dir / "lora" / "log.jsonl", options.output_dir)
-    texts, images = zip(*shown, strict=True)
-    labelled_grid(list(images), list(texts), 4).save(options.output_dir / "rings.png")
-    print(f"trained in {seconds} s; wrote {options.output_dir}")
+    (options.output_dir / f"{lesson.word}.json").write_text(text)
+    texts, images = zip(*sheet, strict=True)
+    picture = labelled_grid(list(images), list(texts), 4)
+    picture.save(options.output_dir / f"{lesson.word}.png")
+    print(f"wrote {options.output_dir}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
