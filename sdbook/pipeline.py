@@ -60,13 +60,13 @@ __all__ = [
     "check_parts",
     "Components",
     "load_scheduler",
+    "write_index",
+    "check_index",
+    "SavedPipeline",
     "CLIP",
     "find_tokenizer",
     "check_checkpoint",
     "open_checkpoint",
-    "write_index",
-    "check_index",
-    "SavedPipeline",
     "StoredPipeline",
     "GuidedPrediction",
     "SamplingSteps",
@@ -261,6 +261,63 @@ def load_scheduler(folder: Path) -> Scheduler:
         raise
 
 
+def write_index(folder: Path, scheduler: Scheduler) -> None:
+    """Write model_index.json, which says what a folder's parts are."""
+    index = {part: list(names) for part, names in PARTS.items()}
+    index["scheduler"][1] = type(scheduler).__name__
+    unused = ("safety_checker", "feature_extractor", "image_encoder")
+    index |= {part: [None, None] for part in unused}
+    index |= {"_class_name": "StableDiffusionPipeline"}
+    index |= {"_diffusers_version": "0.42.1"}  # that this layout was tested with
+    index |= {"requires_safety_checker": False}
+    write_json(index, folder / "model_index.json")
+
+
+def check_index(folder: Path) -> None:
+    """Raise WeightsError for the folder of another kind of model."""
+    path = folder / "model_index.json"
+    index = read_json(path)
+    for part, (_, expected) in PARTS.items():
+        entry = index.get(part)
+        is_pair = isinstance(entry, list) and len(entry) == 2
+        found = entry[1] if is_pair else entry
+        known = (expected, f"{expected}Fast") if expected else (found,)
+        if not is_pair or not isinstance(found, str) or found not in known:
+            raise WeightsError(
+                f"{path} ({index.get('_class_name')}) has {part} = {found}, "
+                f"expected {expected or 'a scheduler'}; "
+                "give a Stable Diffusion 1.x model"
+            )
+
+
+class SavedPipeline(Components):
+    """A pipeline that writes itself down."""
+
+    def save_pretrained(
+        self, folder: str | os.PathLike, dtype: torch.dtype | None = None
+    ) -> None:
+        """Write all parts; diffusers.StableDiffusionPipeline opens the folder."""
+        folder = Path(folder)
+        for part in ("vae", "text_encoder", "unet"):
+            getattr(self, part).save_pretrained(folder / part, dtype)
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        self.scheduler.save_pretrained(folder / "scheduler")
+        write_index(folder, self.scheduler)
+
+    def save_original(
+        self, path: str | os.PathLike, dtype: torch.dtype | None = None
+    ) -> None:
+        """Write one safetensors file with the names of the original Stable Diffusion.
+
+        Every weight is in it, bit for bit (or as `dtype`); the sizes, the tokenizer and
+        the scheduler are not. `from_pretrained(path)` reads it, and so do others.
+        """
+        tensors = {}
+        for part in (self.unet, self.vae, self.text_encoder):
+            tensors |= to_original(part)
+        save_weights({k: t.to(dtype or t.dtype) for k, t in tensors.items()}, path)
+
+
 CLIP = "openai/clip-vit-large-patch14"  # whose tokenizer all SD 1.x models share
 
 
@@ -326,63 +383,6 @@ def open_checkpoint(path: Path, dtype, ema: bool, config, tokenizer) -> tuple:
             steps_offset=1, set_alpha_to_one=False, skip_prk_steps=True,
         )
     return vae, text_encoder, Tokenizer.from_pretrained(words), unet, scheduler
-
-
-def write_index(folder: Path, scheduler: Scheduler) -> None:
-    """Write model_index.json, which says what a folder's parts are."""
-    index = {part: list(names) for part, names in PARTS.items()}
-    index["scheduler"][1] = type(scheduler).__name__
-    unused = ("safety_checker", "feature_extractor", "image_encoder")
-    index |= {part: [None, None] for part in unused}
-    index |= {"_class_name": "StableDiffusionPipeline"}
-    index |= {"_diffusers_version": "0.42.1"}  # that this layout was tested with
-    index |= {"requires_safety_checker": False}
-    write_json(index, folder / "model_index.json")
-
-
-def check_index(folder: Path) -> None:
-    """Raise WeightsError for the folder of another kind of model."""
-    path = folder / "model_index.json"
-    index = read_json(path)
-    for part, (_, expected) in PARTS.items():
-        entry = index.get(part)
-        is_pair = isinstance(entry, list) and len(entry) == 2
-        found = entry[1] if is_pair else entry
-        known = (expected, f"{expected}Fast") if expected else (found,)
-        if not is_pair or not isinstance(found, str) or found not in known:
-            raise WeightsError(
-                f"{path} ({index.get('_class_name')}) has {part} = {found}, "
-                f"expected {expected or 'a scheduler'}; "
-                "give a Stable Diffusion 1.x model"
-            )
-
-
-class SavedPipeline(Components):
-    """A pipeline that writes itself down."""
-
-    def save_pretrained(
-        self, folder: str | os.PathLike, dtype: torch.dtype | None = None
-    ) -> None:
-        """Write all parts; diffusers.StableDiffusionPipeline opens the folder."""
-        folder = Path(folder)
-        for part in ("vae", "text_encoder", "unet"):
-            getattr(self, part).save_pretrained(folder / part, dtype)
-        self.tokenizer.save_pretrained(folder / "tokenizer")
-        self.scheduler.save_pretrained(folder / "scheduler")
-        write_index(folder, self.scheduler)
-
-    def save_original(
-        self, path: str | os.PathLike, dtype: torch.dtype | None = None
-    ) -> None:
-        """Write one safetensors file with the names of the original Stable Diffusion.
-
-        Every weight is in it, bit for bit (or as `dtype`); the sizes, the tokenizer and
-        the scheduler are not. `from_pretrained(path)` reads it, and so do others.
-        """
-        tensors = {}
-        for part in (self.unet, self.vae, self.text_encoder):
-            tensors |= to_original(part)
-        save_weights({k: t.to(dtype or t.dtype) for k, t in tensors.items()}, path)
 
 
 class StoredPipeline(SavedPipeline):
