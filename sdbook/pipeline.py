@@ -57,13 +57,18 @@ __all__ = [
     "to_pictures",
     "Pictures",
     "check_tokenizer",
+    "check_parts",
     "Components",
     "load_scheduler",
+    "write_index",
+    "check_index",
+    "SavedPipeline",
     "CLIP",
     "find_tokenizer",
     "check_checkpoint",
     "open_checkpoint",
     "StoredPipeline",
+    "GuidedPrediction",
     "SamplingSteps",
     "check_choice",
     "prepare_prompts",
@@ -74,11 +79,14 @@ __all__ = [
     "prepare_eta",
     "SizedPipeline",
     "picture_size",
-    "as_pixels",
     "one_each",
+    "as_pixels",
+    "GivenPictures",
     "Original",
     "FromPictures",
+    "Callback",
     "Denoising",
+    "Drawing",
     "StableDiffusion",
 ]
 
@@ -180,6 +188,24 @@ def check_tokenizer(tokenizer: Tokenizer, config: CLIPTextConfig) -> None:
         )
 
 
+def check_parts(
+    vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: Tokenizer, unet: UNet
+) -> None:
+    """Raise ValueError for parts that were not trained together."""
+    for name, wanted, other, given in (
+        ("in_channels", unet.config.in_channels,
+         "the VAE's latent_channels", vae.config.latent_channels),
+        ("cross_attention_dim", unet.config.cross_attention_dim,
+         "the text encoder's hidden_size", text_encoder.config.hidden_size),
+    ):
+        if wanted != given:
+            raise ValueError(
+                f"the UNet's {name} is {wanted} but {other} is {given}; "
+                "these parts were not trained together"
+            )
+    check_tokenizer(tokenizer, text_encoder.config)
+
+
 class Components:
     """The parts of a pipeline, and where they are."""
 
@@ -191,20 +217,9 @@ class Components:
         unet: UNet,
         scheduler: Scheduler,
     ):
+        check_parts(vae, text_encoder, tokenizer, unet)
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self.unet, self.scheduler = unet, scheduler
-        for name, wanted, other, given in (
-            ("in_channels", unet.config.in_channels,
-             "the VAE's latent_channels", vae.config.latent_channels),
-            ("cross_attention_dim", unet.config.cross_attention_dim,
-             "the text encoder's hidden_size", text_encoder.config.hidden_size),
-        ):
-            if wanted != given:
-                raise ValueError(
-                    f"the UNet's {name} is {wanted} but {other} is {given}; "
-                    "these parts were not trained together"
-                )
-        check_tokenizer(tokenizer, text_encoder.config)
 
     @property
     def scheduler(self) -> Scheduler:
@@ -244,6 +259,63 @@ def load_scheduler(folder: Path) -> Scheduler:
             warnings.warn(f"{folder}: {missing}; using ddim", stacklevel=3)
             return DDIMScheduler.from_pretrained(folder)
         raise
+
+
+def write_index(folder: Path, scheduler: Scheduler) -> None:
+    """Write model_index.json, which says what a folder's parts are."""
+    index = {part: list(names) for part, names in PARTS.items()}
+    index["scheduler"][1] = type(scheduler).__name__
+    unused = ("safety_checker", "feature_extractor", "image_encoder")
+    index |= {part: [None, None] for part in unused}
+    index |= {"_class_name": "StableDiffusionPipeline"}
+    index |= {"_diffusers_version": "0.42.1"}  # that this layout was tested with
+    index |= {"requires_safety_checker": False}
+    write_json(index, folder / "model_index.json")
+
+
+def check_index(folder: Path) -> None:
+    """Raise WeightsError for the folder of another kind of model."""
+    path = folder / "model_index.json"
+    index = read_json(path)
+    for part, (_, expected) in PARTS.items():
+        entry = index.get(part)
+        is_pair = isinstance(entry, list) and len(entry) == 2
+        found = entry[1] if is_pair else entry
+        known = (expected, f"{expected}Fast") if expected else (found,)
+        if not is_pair or not isinstance(found, str) or found not in known:
+            raise WeightsError(
+                f"{path} ({index.get('_class_name')}) has {part} = {found}, "
+                f"expected {expected or 'a scheduler'}; "
+                "give a Stable Diffusion 1.x model"
+            )
+
+
+class SavedPipeline(Components):
+    """A pipeline that writes itself down."""
+
+    def save_pretrained(
+        self, folder: str | os.PathLike, dtype: torch.dtype | None = None
+    ) -> None:
+        """Write all parts; diffusers.StableDiffusionPipeline opens the folder."""
+        folder = Path(folder)
+        for part in ("vae", "text_encoder", "unet"):
+            getattr(self, part).save_pretrained(folder / part, dtype)
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        self.scheduler.save_pretrained(folder / "scheduler")
+        write_index(folder, self.scheduler)
+
+    def save_original(
+        self, path: str | os.PathLike, dtype: torch.dtype | None = None
+    ) -> None:
+        """Write one safetensors file with the names of the original Stable Diffusion.
+
+        Every weight is in it, bit for bit (or as `dtype`); the sizes, the tokenizer and
+        the scheduler are not. `from_pretrained(path)` reads it, and so do others.
+        """
+        tensors = {}
+        for part in (self.unet, self.vae, self.text_encoder):
+            tensors |= to_original(part)
+        save_weights({k: t.to(dtype or t.dtype) for k, t in tensors.items()}, path)
 
 
 CLIP = "openai/clip-vit-large-patch14"  # whose tokenizer all SD 1.x models share
@@ -313,7 +385,7 @@ def open_checkpoint(path: Path, dtype, ema: bool, config, tokenizer) -> tuple:
     return vae, text_encoder, Tokenizer.from_pretrained(words), unet, scheduler
 
 
-class StoredPipeline(Components):
+class StoredPipeline(SavedPipeline):
     """A pipeline that lives in a folder with diffusers' layout."""
 
     @classmethod
@@ -344,19 +416,7 @@ class StoredPipeline(Components):
             return cls(*open_checkpoint(Path(name), dtype, ema, config, tokenizer))
         refuse_options(name, "a single file", ema=None if ema else ema, config=config)
         folder = find_model(name, revision, variant)
-        path = folder / "model_index.json"
-        index = read_json(path)
-        for part, (_, expected) in PARTS.items():
-            entry = index.get(part)
-            is_pair = isinstance(entry, list) and len(entry) == 2
-            found = entry[1] if is_pair else entry
-            known = (expected, f"{expected}Fast") if expected else (found,)
-            if not is_pair or not isinstance(found, str) or found not in known:
-                raise WeightsError(
-                    f"{path} ({index.get('_class_name')}) has {part} = {found}, "
-                    f"expected {expected or 'a scheduler'}; "
-                    "give a Stable Diffusion 1.x model"
-                )
+        check_index(folder)
         words = find_tokenizer(tokenizer) if tokenizer else folder / "tokenizer"
         return cls(
             AutoencoderKL.from_pretrained(folder / "vae", dtype, variant),
@@ -366,40 +426,9 @@ class StoredPipeline(Components):
             load_scheduler(folder / "scheduler"),
         )
 
-    def save_pretrained(
-        self, folder: str | os.PathLike, dtype: torch.dtype | None = None
-    ) -> None:
-        """Write all parts; diffusers.StableDiffusionPipeline opens the folder."""
-        folder = Path(folder)
-        for part in ("vae", "text_encoder", "unet"):
-            getattr(self, part).save_pretrained(folder / part, dtype)
-        self.tokenizer.save_pretrained(folder / "tokenizer")
-        self.scheduler.save_pretrained(folder / "scheduler")
-        index = {part: list(names) for part, names in PARTS.items()}
-        index["scheduler"][1] = type(self.scheduler).__name__
-        unused = ("safety_checker", "feature_extractor", "image_encoder")
-        index |= {part: [None, None] for part in unused}
-        index |= {"_class_name": "StableDiffusionPipeline"}
-        index |= {"_diffusers_version": "0.42.1"}  # that this layout was tested with
-        index |= {"requires_safety_checker": False}
-        write_json(index, folder / "model_index.json")
 
-    def save_original(
-        self, path: str | os.PathLike, dtype: torch.dtype | None = None
-    ) -> None:
-        """Write one safetensors file with the names of the original Stable Diffusion.
-
-        Every weight is in it, bit for bit (or as `dtype`); the sizes, the tokenizer and
-        the scheduler are not. `from_pretrained(path)` reads it, and so do others.
-        """
-        tensors = {}
-        for part in (self.unet, self.vae, self.text_encoder):
-            tensors |= to_original(part)
-        save_weights({k: t.to(dtype or t.dtype) for k, t in tensors.items()}, path)
-
-
-class SamplingSteps(StoredPipeline):
-    """What happens between prompt and picture, one method for each step."""
+class GuidedPrediction(StoredPipeline):
+    """From prompts to the noise that the UNet sees."""
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> Float[Tensor, "b n d"]:
@@ -432,6 +461,10 @@ class SamplingSteps(StoredPipeline):
         if len(answers) == len(latents):
             return answers
         return guide(*answers.chunk(2), guidance_scale)
+
+
+class SamplingSteps(GuidedPrediction):
+    """What happens between prompt and picture, one method for each step."""
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b c h w"], output_type: str = "pil"):
@@ -626,6 +659,18 @@ def picture_size(image) -> tuple[int, int]:
     )
 
 
+def one_each(
+    pictures: Float[Tensor, "b *shape"], count: int, num_images: int
+) -> Tensor:
+    """`count` pictures: each of those given as often as its prompt is drawn."""
+    if len(pictures) not in (1, count // num_images, count):
+        raise ValueError(
+            f"{len(pictures)} pictures or masks for {count // num_images} prompts; "
+            "pass one for all, or one for each prompt"
+        )
+    return pictures.repeat_interleave(count // len(pictures), dim=0)
+
+
 def as_pixels(
     pictures, height: int, width: int, mode: str = "RGB"
 ) -> Float[Tensor, "b c h w"]:
@@ -665,16 +710,32 @@ def as_pixels(
     return pixels
 
 
-def one_each(
-    pictures: Float[Tensor, "b *shape"], count: int, num_images: int
-) -> Tensor:
-    """`count` pictures: each of those given as often as its prompt is drawn."""
-    if len(pictures) not in (1, count // num_images, count):
-        raise ValueError(
-            f"{len(pictures)} pictures or masks for {count // num_images} prompts; "
-            "pass one for all, or one for each prompt"
-        )
-    return pictures.repeat_interleave(count // len(pictures), dim=0)
+class GivenPictures(SizedPipeline):
+    """A pipeline that takes pictures, and says which it cannot use."""
+
+    def size_like(self, image, height: int | None, width: int | None):
+        """Height and width as given, or else the picture's, down to whole cells."""
+        if image is None:
+            return height, width
+        factor, sides = self.vae.config.downscale, picture_size(image)
+        fitting = [max(side // factor, 1) * factor for side in sides]
+        if not isinstance(image, Image.Image | list | tuple):
+            fitting = sides  # arrays are not resized
+        given = zip((height, width), fitting)
+        return [default if side is None else side for side, default in given]
+
+    def prepare_pictures(self, image, mask, shape: tuple[int, ...], num_images: int):
+        """Pixels (b, 3, H, W), and the mask for latents of this shape, or None."""
+        if image is None:
+            return None, None
+        sides = [side * self.vae.config.downscale for side in shape[2:]]
+        pixels = one_each(as_pixels(image, *sides), shape[0], num_images)
+        if mask is None:
+            return pixels, None
+        mask = (as_pixels(mask, *sides, mode="L") >= 0.5).float()
+        mask = F.interpolate(mask, size=shape[2:])
+        mask = one_each(mask, shape[0], num_images)
+        return pixels, mask.to(self.device)
 
 
 @dataclass
@@ -700,7 +761,7 @@ class Original:
         return self.mask * x + (1 - self.mask) * known
 
 
-class FromPictures(SizedPipeline):
+class FromPictures(GivenPictures):
     """A pipeline that can start from a picture."""
 
     @torch.no_grad()
@@ -718,28 +779,6 @@ class FromPictures(SizedPipeline):
         drawn = mean + std * noise_like(mean, generators)
         return drawn * self.vae.config.scaling_factor
 
-    def size_like(self, image, height: int | None, width: int | None):
-        """Height and width as given, or else the picture's, down to whole cells."""
-        factor, sides = self.vae.config.downscale, picture_size(image)
-        fitting = [max(side // factor, 1) * factor for side in sides]
-        if not isinstance(image, Image.Image | list | tuple):
-            fitting = sides  # arrays are not resized
-        given = zip((height, width), fitting)
-        return [default if side is None else side for side, default in given]
-
-    def prepare_pictures(self, image, mask, shape: tuple[int, ...], num_images: int):
-        """Pixels (b, 3, H, W), and the mask for latents of this shape, or None."""
-        if image is None:
-            return None, None
-        sides = [side * self.vae.config.downscale for side in shape[2:]]
-        pixels = one_each(as_pixels(image, *sides), shape[0], num_images)
-        if mask is None:
-            return pixels, None
-        mask = (as_pixels(mask, *sides, mode="L") >= 0.5).float()
-        mask = F.interpolate(mask, size=shape[2:])
-        mask = one_each(mask, shape[0], num_images)
-        return pixels, mask.to(self.device)
-
     def start(
         self, noise: Tensor, original: Original | None, strength: int | float
     ) -> Float[Tensor, "b c h w"]:
@@ -753,6 +792,9 @@ class FromPictures(SizedPipeline):
         return scheduler.add_noise(original.x0, noise, scheduler.timesteps[:1])
 
 
+Callback = Callable[[int, int | float, Tensor], None]
+
+
 class Denoising(FromPictures):
     """The loop of sampling."""
 
@@ -763,7 +805,7 @@ class Denoising(FromPictures):
         text: Text,
         guidance_scale: int | float,
         original: Original | None = None,
-        callback: Callable[[int, int | float, Tensor], None] | None = None,
+        callback: Callback | None = None,
         progress: bool = True,
         **options,
     ) -> Float[Tensor, "b c h w"]:
@@ -780,68 +822,22 @@ class Denoising(FromPictures):
         return x
 
 
-class StableDiffusion(Denoising):
-    """Text to picture with latent diffusion (Rombach et al., 2022).
-
-    Made of its parts, each an attribute: `vae`, `text_encoder`, `tokenizer`, `unet`
-    and `scheduler`; `pipe.scheduler = "ddim"` changes the sampler and keeps the
-    model's noise schedule.
-    """
+class Drawing(Denoising):
+    """All that is computed in a call, before the picture is decoded."""
 
     @torch.no_grad()
-    def __call__(
+    def draw(
         self,
-        prompt: str | list[str],
-        negative_prompt: str | list[str] | None = "",
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 25,
-        guidance_scale: int | float = 3.0,
-        num_images_per_prompt: int = 1,
-        seed: int | list[int] | None = 0,
-        latents: Float[Tensor, "b c h w"] | None = None,
-        output_type: str = "pil",
-        *,
-        image=None,
-        strength: int | float | None = None,
-        mask=None,
-        eta: int | float = 0.0,
-        callback: Callable[[int, int | float, Tensor], None] | None = None,
-        progress: bool = True,
-    ) -> Pictures:
-        """Draw pictures of a prompt, or of a list of prompts.
-
-        Sizes are in pixels and default to what the model was trained on. Picture k of
-        the call draws its noise from `seed + k` alone, on the CPU: it is the same in
-        a batch of one (`seed=k`), in a batch of ten, and on every device. A list of
-        seeds sets them one by one; None picks one. `latents` (b,c,h,w) replaces the
-        start noise; `output_type="latent"` returns the final ones. `eta` is DDIM's.
-
-        `guidance_scale` 1 turns guidance off and halves the work. Below 1 it is off
-        too, as in diffusers, where the formula would fade the prompt out.
-        `callback(step, t, latents)` is called after each step.
-
-        With `image`, one for all or one for each prompt, that picture is redrawn, by
-        `strength` of the steps (0.8); with a `mask` only where it is white, and by
-        all of them. The size is then the picture's.
-
-        Raises ValueError for anything that cannot be drawn, before drawing starts.
-        """
-        check_choice("output_type", output_type, OUTPUT_TYPES)
-        prompts, negatives = prepare_prompts(
-            prompt, negative_prompt, num_images_per_prompt
-        )
-        strength = prepare_strength(strength, image, mask, num_inference_steps)
-        if image is not None:
-            height, width = self.size_like(image, height, width)
-        shape = self.latent_shape(len(prompts), height, width, latents)
-        pixels, mask = self.prepare_pictures(image, mask, shape, num_images_per_prompt)
-        seeds = prepare_seeds(seed, len(prompts))
-        guided = prepare_guidance(guidance_scale, negatives)
-        options = prepare_eta(self.scheduler, eta)
-        self.scheduler.set_timesteps(num_inference_steps)
-
-        text = self.read_prompts(prompts, negatives if guided else [])
+        text: Text,
+        shape: tuple[int, ...],
+        seeds: list[int],
+        latents: Tensor | None,
+        pixels: Tensor | None,
+        mask: Tensor | None,
+        strength: int | float,
+        **options,
+    ) -> Float[Tensor, "b c h w"]:
+        """The latents of finished pictures; `options` are those of `denoise`."""
         generators = [torch.Generator().manual_seed(one) for one in seeds]
         x0 = None if pixels is None else self.encode(pixels, generators)
         if latents is None:
@@ -852,8 +848,57 @@ class StableDiffusion(Denoising):
         noise = latents.to(self.device, torch.promote_types(self.dtype, torch.float32))
         original = None if x0 is None else Original(x0, noise, mask)
         x = self.start(noise, original, strength)
-        x = self.denoise(
-            x, text, guidance_scale, original, callback, progress,
-            generator=generators, **options,
-        )  # fmt: skip
+        return self.denoise(
+            x, text, original=original, generator=generators, **options
+        )
+
+
+class StableDiffusion(Drawing):
+    """Text to picture with latent diffusion (Rombach et al., 2022).
+
+    Its parts are attributes: `vae`, `text_encoder`, `tokenizer`, `unet`, `scheduler`.
+    """
+
+    @torch.no_grad()
+    def __call__(
+        self, prompt: str | list[str], negative_prompt: str | list[str] | None = "",
+        height: int | None = None, width: int | None = None,
+        num_inference_steps: int = 25, guidance_scale: int | float = 3.0,
+        num_images_per_prompt: int = 1, seed: int | list[int] | None = 0,
+        latents: Float[Tensor, "b c h w"] | None = None, output_type: str = "pil",
+        *, image=None, strength: int | float | None = None, mask=None,
+        eta: int | float = 0.0, callback: Callback | None = None,
+        progress: bool = True,
+    ) -> Pictures:
+        """Draw pictures of a prompt, or of a list of prompts.
+
+        Sizes are in pixels and default to what the model was trained on. Picture k
+        draws its noise from `seed + k` alone, on the CPU: it is the same in any batch
+        and on every device. A list sets the seeds one by one; None picks one.
+        `latents` (b,c,h,w) replaces the start noise; `output_type="latent"` returns
+        the final ones. `eta` is DDIM's. `guidance_scale` 1 turns guidance off and
+        halves the work; below 1 it is off too, as in diffusers.
+        `callback(step, t, latents)` is called after each step. With `image`, one for
+        all or one for each prompt, that picture is redrawn, by `strength` of the steps
+        (0.8); with a `mask` only where it is white, and by all of them. The size is
+        then the picture's. Raises ValueError for anything that cannot be drawn,
+        before drawing starts.
+        """
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        prompts, negatives = prepare_prompts(
+            prompt, negative_prompt, num_images_per_prompt
+        )
+        strength = prepare_strength(strength, image, mask, num_inference_steps)
+        height, width = self.size_like(image, height, width)
+        shape = self.latent_shape(len(prompts), height, width, latents)
+        pixels, mask = self.prepare_pictures(image, mask, shape, num_images_per_prompt)
+        seeds = prepare_seeds(seed, len(prompts))
+        guided = prepare_guidance(guidance_scale, negatives)
+        options = dict(guidance_scale=guidance_scale, callback=callback)
+        options |= prepare_eta(self.scheduler, eta)
+        self.scheduler.set_timesteps(num_inference_steps)
+
+        text = self.read_prompts(prompts, negatives if guided else [])
+        start = shape, seeds, latents, pixels, mask, strength
+        x = self.draw(text, *start, progress=progress, **options)
         return Pictures(self.decode(x, output_type), seeds)
