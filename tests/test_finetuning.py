@@ -3,15 +3,16 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from helpers import relative_error, small_pipeline
+from helpers import ROOT, load_tool, relative_error, small_pipeline
 from PIL import Image
 from torch import nn
 
-from sdbook import StableDiffusion, finetuning, training
+from sdbook import StableDiffusion, data, evaluation, finetuning, training
 from sdbook.data import Scenes, write_folder
 from sdbook.finetuning import (
     LoRA,
@@ -630,3 +631,20 @@ def test_pieces_compose(pipe, tmp_path, sampler):
     for a, b, c, d in zip(plain, changed, merged, draw(), strict=True):
         assert not np.allclose(a, b) and np.allclose(b, c, atol=1e-4)
         np.testing.assert_array_equal(a, d)
+
+
+def test_the_worked_example_runs(tmp_path):
+    """What chapter 12 shows a record of, at toy size and with the shipped model."""
+    tool = load_tool("finetune_example")
+    flags = "--num_prompts 2 --num_inference_steps 1 --num_class_pictures 2 "
+    flags += "--max_steps 2 --rank 2"
+    places = ["--output_dir", str(tmp_path / "out"), "--run_dir", str(tmp_path / "run")]
+    with mock.patch.dict(data.COLOURS):
+        tool.main([*flags.split(), *places])
+    evaluation.templates.cache_clear()  # the judge knows teal no longer
+    result = json.loads((tmp_path / "out/teal.json").read_text())
+    assert list(result["tables"]) == ["before", *tool.WAYS]
+    assert all(row["total"] == 2 for row in result["tables"]["new word"].values())
+    shipped = StableDiffusion.from_pretrained(ROOT / "data/models/scenes")
+    (lora,) = load_lora(shipped, tmp_path / "out/teal.safetensors")
+    assert len(lora.pairs) == len(lora_layers(shipped.unet))
