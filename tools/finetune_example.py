@@ -85,8 +85,10 @@ class Lesson:
         rng = np.random.default_rng(0)
         for number in range(count):
             place, relation = PLACES[number % 5], None
-            groups = [self.new(self.shown[number % len(self.shown)], "small")]
-            if number % 2:
+            alone = number % 2 == 0
+            size = "big" if alone and number % 4 == 0 else "small"
+            groups = [self.new(self.shown[number % len(self.shown)], size)]
+            if not alone:
                 pair = KNOWN["shape"][(number + 3) % 8], KNOWN["colour"][number % 8]
                 groups.append(Group(1, *pair, "small"))
                 groups = groups[:: (1, -1)[number // 2 % 2]]
@@ -153,6 +155,7 @@ def train(way: str, lesson: Lesson, options, rehearsal: list[str]) -> StableDiff
         "pretrained": options.checkpoint_path,
         "output_dir": str(folder / "run"),
         "max_steps": options.max_steps,
+        "lr_scheduler": "constant",
         "log_every": 20,
     }
     if way == "new word":
