@@ -31,6 +31,7 @@ __all__ = [
     "own_options",
     "read_scheduler_file",
     "write_scheduler_file",
+    "Options",
     "Configured",
     "NoiseSchedule",
     "same_shape",
@@ -40,6 +41,7 @@ __all__ = [
     "whole_timesteps",
     "Scheduler",
     "Sampler",
+    "posterior_mean",
     "noise_like",
     "DDPMScheduler",
     "DDIMScheduler",
@@ -251,8 +253,8 @@ def write_scheduler_file(folder: str | os.PathLike, values: dict) -> None:
     beside.replace(path)
 
 
-class Configured:
-    """Something built from named options, which it can write to a file and read."""
+class Options:
+    """Something built from named options. `options` holds those that were given."""
 
     config_class = SchedulerConfig
 
@@ -277,6 +279,10 @@ class Configured:
         scheduler = cls(**{k: v for k, v in options.items() if k not in elsewhere})
         scheduler.options = {**options}
         return scheduler
+
+
+class Configured(Options):
+    """Something built from named options, which it can write to a file and read."""
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike):
@@ -434,17 +440,16 @@ class Scheduler(ForwardProcess):
         `timesteps` holds them, from noisy to clean, on the CPU. Raises ValueError
         outside 1 to num_train_timesteps.
         """
-        total, n = self.num_train_timesteps, num_inference_steps
+        total, n, config = self.num_train_timesteps, num_inference_steps, self.config
         if not 1 <= n <= total:
             raise ValueError(
                 f"num_inference_steps={n}: expected 1 to {total}, "
                 "the number of timesteps that the model was trained with"
             )
-        steps = whole_timesteps(
-            self.config.timestep_spacing, total, n, self.config.steps_offset
-        )
         self.num_inference_steps = n
-        self.timesteps = torch.from_numpy(steps)
+        self.timesteps = torch.from_numpy(
+            whole_timesteps(config.timestep_spacing, total, n, config.steps_offset)
+        )
 
     def skip(self, steps: int) -> None:
         """Leave out the first steps of the run that `set_timesteps` chose.
@@ -511,6 +516,17 @@ class Sampler(Scheduler):
         return (1 - before) / (1 - alpha_bar) * (1 - alpha_bar / before)
 
 
+def posterior_mean(x0: Floats, x: Floats, alpha_bar: Tensor, before: Tensor) -> Floats:
+    """The mean of q(x_s | x_t, x0): Ho et al. (2020), equation 7, for any s < t.
+
+    `alpha_bar` is ᾱ at t, `before` ᾱ at s.
+    """
+    alpha = alpha_bar / before
+    x0_weight = before.sqrt() * (1 - alpha) / (1 - alpha_bar)
+    x_weight = alpha.sqrt() * (1 - before) / (1 - alpha_bar)
+    return x0_weight * x0 + x_weight * x
+
+
 def noise_like(
     x: Float[Tensor, "*shape"],
     generator: torch.Generator | list[torch.Generator] | None = None,
@@ -571,11 +587,7 @@ class DDPMScheduler(Sampler):
         """
         t = self.check_timestep(t)
         x0, _ = self.split(model_output, t, sample)
-        alpha_bar, before = self.alpha_bars(t)
-        alpha = alpha_bar / before
-        x0_weight = before.sqrt() * (1 - alpha) / (1 - alpha_bar)
-        x_weight = alpha.sqrt() * (1 - before) / (1 - alpha_bar)
-        mean = x0_weight * self.clip(x0) + x_weight * sample
+        mean = posterior_mean(self.clip(x0), sample, *self.alpha_bars(t))
         if t == 0:
             return mean
         return mean + self.variance(t).sqrt() * noise_like(sample, generator)
@@ -585,9 +597,8 @@ class DDIMScheduler(Sampler):
     """Deterministic sampling of Song et al. (2021), with as few steps as you like.
 
     As in diffusers, a step goes `num_train_timesteps // n` down for every spacing. With
-    `linspace` and `trailing` that can miss the next timestep visited, and the noise
-    level is then slightly wrong; we give the same result on purpose. Where diffusers
-    runs past its table (n = 1000 with `steps_offset=1`), the offset shrinks.
+    `linspace` and `trailing` that can miss the next timestep visited; the noise level
+    is then slightly wrong, and we give the same result on purpose.
     """
 
     config_class = DDIMConfig
@@ -613,8 +624,7 @@ class DDIMScheduler(Sampler):
     ) -> Float[Tensor, "*shape"]:
         """x at the previous timestep. Song et al. (2021), equation 12.
 
-        `eta` scales the fresh noise from 0 (none: the same start always ends in the
-        same picture) to 1 (as much as DDPM).
+        `eta`: fresh noise, from 0 (the start decides the end) to 1 (as much as DDPM).
         """
         t = self.check_timestep(t)
         if not 0 <= eta <= 1:
