@@ -27,6 +27,7 @@ __all__ = [
     "DiagonalGaussian",
     "BLOCK_TYPES",
     "check_block_types",
+    "check_groups",
     "VAEConfig",
     "Encoder",
     "Decoder",
@@ -35,6 +36,7 @@ __all__ = [
     "tile_starts",
     "fading",
     "in_tiles",
+    "InParts",
     "AutoencoderKL",
 ]
 
@@ -174,6 +176,16 @@ def check_block_types(values: dict[str, Any], count: int, where: str) -> None:
             )
 
 
+def check_groups(widths: tuple[int, ...], groups: int) -> None:
+    """Raise ValueError unless every level's width splits into the norms' groups."""
+    if any(width % groups for width in widths):
+        raise ValueError(
+            f"block_out_channels {widths} do not split into "
+            f"norm_num_groups={groups} groups; make every width "
+            "a multiple of it"
+        )
+
+
 @dataclass(frozen=True)
 class VAEConfig(Config):
     """The autoencoder's sizes, named as in diffusers; the defaults are SD 1.5's."""
@@ -197,12 +209,7 @@ class VAEConfig(Config):
     ignored: ClassVar[tuple[str, ...]] = ("force_upcast",)
 
     def __post_init__(self):
-        if any(width % self.norm_num_groups for width in self.block_out_channels):
-            raise ValueError(
-                f"block_out_channels {self.block_out_channels} do not split into "
-                f"norm_num_groups={self.norm_num_groups} groups; make every width "
-                "a multiple of it"
-            )
+        check_groups(self.block_out_channels, self.norm_num_groups)
 
     @property
     def downscale(self) -> int:
@@ -343,31 +350,15 @@ def in_tiles(
     return total / weights
 
 
-class AutoencoderKL(Pretrained, nn.Module):
-    """The variational autoencoder of Stable Diffusion (Rombach et al., 2022).
+class InParts:
+    """Mixin for a network with a `.config` that does large inputs piece by piece.
 
-    Pixels are in [-1, 1]. Latents are as the encoder gives them: multiply by
-    `config.scaling_factor` before the UNet, divide before `decode`. To save memory,
-    set `tile_size` (in pixels): larger pictures are then done in tiles that overlap;
-    and `slicing`: batches are then done one by one.
+    Set `tile_size` (in pixels), and larger pictures are done in tiles that overlap;
+    set `slicing`, and batches are done one by one.
     """
 
     slicing = False
-    config_class = VAEConfig
-    diffusers_class = "AutoencoderKL"
-
-    def __init__(self, config: VAEConfig | None = None):
-        super().__init__()
-        self.config = config = config or VAEConfig()
-        self.tile_size = None
-        channels = config.latent_channels
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        self.quant_conv = self.post_quant_conv = nn.Identity()
-        if config.use_quant_conv:
-            self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
-        if config.use_post_quant_conv:
-            self.post_quant_conv = nn.Conv2d(channels, channels, 1)
+    _tile_size = None
 
     @property
     def tile_size(self) -> int | None:
@@ -394,25 +385,42 @@ class AutoencoderKL(Pretrained, nn.Module):
             return function(x)
         return in_tiles(function, x, tile, cell)
 
+
+class AutoencoderKL(InParts, Pretrained, nn.Module):
+    """The variational autoencoder of Stable Diffusion (Rombach et al., 2022).
+
+    Pixels are in [-1, 1]. Latents are as the encoder gives them: multiply by
+    `config.scaling_factor` before the UNet, divide before `decode`. To save memory,
+    set `tile_size` or `slicing` (see `InParts`).
+    """
+
+    config_class = VAEConfig
+    diffusers_class = "AutoencoderKL"
+    rename_on_load = staticmethod(squeeze_matrices)
+
+    def __init__(self, config: VAEConfig | None = None):
+        super().__init__()
+        self.config = config = config or VAEConfig()
+        channels = config.latent_channels
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quant_conv = self.post_quant_conv = nn.Identity()
+        if config.use_quant_conv:
+            self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
+        if config.use_post_quant_conv:
+            self.post_quant_conv = nn.Conv2d(channels, channels, 1)
+
     def encode(self, x: Float[Tensor, "b c h w"]) -> DiagonalGaussian:
         """Pixels in [-1, 1] to the distribution of their latents.
 
         Raises ValueError when a side is not a multiple of `config.downscale`.
         """
         check_size(x, self.config.downscale)
-
-        def parameters(x):
-            return self.quant_conv(self.encoder(x))
-
-        return DiagonalGaussian(self.in_parts(parameters, x, self.config.downscale))
+        steps = nn.Sequential(self.encoder, self.quant_conv)
+        return DiagonalGaussian(self.in_parts(steps, x, self.config.downscale))
 
     def decode(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
         """Unscaled latents to pixels, about [-1, 1] (not clamped)."""
-
-        def pixels(z):
-            return self.decoder(self.post_quant_conv(z))
-
-        return self.in_parts(pixels, z, 1)
+        return self.in_parts(nn.Sequential(self.post_quant_conv, self.decoder), z, 1)
 
     def forward(
         self, x: Float[Tensor, "b c h w"], generator: torch.Generator | None = None
@@ -420,5 +428,3 @@ class AutoencoderKL(Pretrained, nn.Module):
         """For training: encode, draw, decode; the picture and the distribution."""
         distribution = self.encode(x)
         return self.decode(distribution.sample(generator)), distribution
-
-    rename_on_load = staticmethod(squeeze_matrices)

@@ -45,6 +45,7 @@ __all__ = [
     "family",
     "load_strictly",
     "is_of_type",
+    "sort_options",
     "Config",
     "UNET_RULES",
     "VAE_RULES",
@@ -73,6 +74,7 @@ __all__ = [
     "build_empty",
     "fill",
     "refuse_options",
+    "Stored",
     "Pretrained",
 ]
 
@@ -361,6 +363,27 @@ def is_of_type(value: Any, kind: Any, least: int = 1) -> bool:
     return type(value) is kind and (kind is not int or value >= least)
 
 
+def sort_options(
+    values: dict[str, Any], config_class: type
+) -> tuple[dict, list, list]:
+    """A config file as the fields' values, what we do not do, what cannot be."""
+    options = {field.name: field for field in fields(config_class)}
+    known, refused, misfits = {}, [], []
+    for key, value in values.items():
+        value = tuple(value) if isinstance(value, list) else value
+        if key in options:
+            known[key], field = value, options[key]
+            # Sizes begin at 1, and only the numbers of tokens at 0.
+            if not is_of_type(value, field.type, not key.endswith("_token_id")):
+                misfits.append(f"{key}={value!r} (like {field.default!r})")
+        elif key in config_class.fixed:
+            if value != config_class.fixed[key]:
+                refused.append(f"{key}={value!r} (only {config_class.fixed[key]!r})")
+        elif not key.startswith("_") and key not in config_class.ignored:
+            refused.append(f"{key}={value!r} (unknown)")
+    return known, refused, misfits
+
+
 @dataclass(frozen=True)
 class Config:
     """Base of the model configs: a frozen dataclass that reads and writes config.json.
@@ -376,20 +399,7 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "the config"):
         """Build it from what config.json holds; WeightsError for what we do not do."""
-        options = {field.name: field for field in fields(cls)}
-        known, refused, misfits = {}, [], []
-        for key, value in values.items():
-            value = tuple(value) if isinstance(value, list) else value
-            if key in options:
-                known[key], field = value, options[key]
-                # Sizes begin at 1, and only the numbers of tokens at 0.
-                if not is_of_type(value, field.type, not key.endswith("_token_id")):
-                    misfits.append(f"{key}={value!r} (like {field.default!r})")
-            elif key in cls.fixed:
-                if value != cls.fixed[key]:
-                    refused.append(f"{key}={value!r} (only {cls.fixed[key]!r})")
-            elif not key.startswith("_") and key not in cls.ignored:
-                refused.append(f"{key}={value!r} (unknown)")
+        known, refused, misfits = sort_options(values, cls)
         if refused:
             raise WeightsError(
                 f"{where} asks for what {cls.__name__} does not do: "
@@ -767,50 +777,16 @@ def refuse_options(source: str | os.PathLike, kind: str, **options) -> None:
         )
 
 
-class Pretrained:
-    """Mixin that lets an nn.Module with a `.config` live in a folder.
+class Stored:
+    """What `Pretrained` models have in common on disk, and how they are written.
 
-    The folder holds `config.json` and one weights file, as diffusers and transformers
-    have it. A class says its `config_class`, its `weights_name` and the
-    `diffusers_class` that opens the same folder; it makes no buffers that are not in
-    its state dict.
+    A class says its `config_class`, its `weights_name` and the `diffusers_class`
+    that opens the same folder; it makes no buffers that are not in its state dict.
     """
 
     config_class: ClassVar[type]
     weights_name: ClassVar[str] = "diffusion_pytorch_model.safetensors"
     diffusers_class: ClassVar[str] = ""
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | os.PathLike,
-        dtype: torch.dtype | None = None,
-        variant: str | None = None,
-        revision: str | None = None,
-        ema: bool = True,
-        config: Config | None = None,
-    ):
-        """Read the model from a folder, a hub id or one file, ready to evaluate.
-
-        The weights become `dtype`, or float32. Of an original checkpoint it takes
-        its own part, averaged (EMA) if there is a choice and `ema` is True. A file
-        has the `config` that is given, or lies beside it, or else SD 1.5's. Raises
-        FileNotFoundError or WeightsError, which name the file and the remedy, and
-        ValueError for a `variant` or `revision` of a file.
-        """
-        dtype, path = dtype or torch.float32, Path(source)
-        if path.is_file():
-            options = {"variant": variant, "revision": revision}
-            refuse_options(path, "a folder or a hub id", **options)
-        if is_hub_id(source):
-            path = download(str(source), revision=revision, variant=variant)
-        if config is None:
-            config = cls.find_config(path)
-        one = path.is_file()
-        files = [path] if one else find_weights(path, cls.weights_name, variant)
-        model = build_empty(cls, config)
-        fill(model, files, mapped=dtype == torch.float32, ema=ema)
-        return model.to(dtype).eval()
 
     @classmethod
     def find_config(cls, path: Path):
@@ -844,3 +820,43 @@ class Pretrained:
     def rename_on_save(state: dict[str, Tensor]) -> dict[str, Tensor]:
         """From the module's keys to a file's."""
         return state
+
+
+class Pretrained(Stored):
+    """Mixin that lets an nn.Module with a `.config` live in a folder.
+
+    The folder holds `config.json` and one weights file, as diffusers and transformers
+    have it; `Stored` has the names that a class must say.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        ema: bool = True,
+        config: Config | None = None,
+    ):
+        """Read the model from a folder, a hub id or one file, ready to evaluate.
+
+        The weights become `dtype`, or float32. Of an original checkpoint it takes
+        its own part, averaged (EMA) if there is a choice and `ema` is True. A file
+        has the `config` that is given, or lies beside it, or else SD 1.5's. Raises
+        FileNotFoundError or WeightsError, which name the file and the remedy, and
+        ValueError for a `variant` or `revision` of a file.
+        """
+        dtype, path = dtype or torch.float32, Path(source)
+        if path.is_file():
+            options = {"variant": variant, "revision": revision}
+            refuse_options(path, "a folder or a hub id", **options)
+        if is_hub_id(source):
+            path = download(str(source), revision=revision, variant=variant)
+        if config is None:
+            config = cls.find_config(path)
+        one = path.is_file()
+        files = [path] if one else find_weights(path, cls.weights_name, variant)
+        model = build_empty(cls, config)
+        fill(model, files, mapped=dtype == torch.float32, ema=ema)
+        return model.to(dtype).eval()
