@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--num_pictures", type=int, default=10)
     parser.add_argument("--num_prompts", type=int, default=48, help="of each kind (48)")
     parser.add_argument("--num_class_pictures", type=int, default=64)
-    parser.add_argument("--max_steps", type=int, default=400)
+    parser.add_argument("--max_steps", type=int, default=800)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--layers", choices=("attention", "all"), default="attention")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
