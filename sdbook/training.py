@@ -71,7 +71,7 @@ from .data import (
     draw,
     is_held_out,
     to_pixels,
-)  # fmt: skip
+)
 from .pipeline import (
     StableDiffusion,
     check_tokenizer,
