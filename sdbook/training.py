@@ -87,17 +87,6 @@ from .vae import AutoencoderKL, DiagonalGaussian, VAEConfig
 from .weights import build_empty, read_weights, save_weights, write_atomically
 
 __all__ = [
-    "AT_LEAST_ONE",
-    "NOT_NEGATIVE",
-    "RUN_CHOICES",
-    "check_run",
-    "check_machine",
-    "PictureSettings",
-    "StepSettings",
-    "check_multiple",
-    "check_side",
-    "OutputSettings",
-    "RunConfig",
     "StepSampler",
     "step_generator",
     "min_snr_weights",
@@ -109,6 +98,39 @@ __all__ = [
     "EMA",
     "save_checkpoint",
     "load_checkpoint",
+    "Run",
+    "take_step",
+    "optimise",
+    "PatchCritic",
+    "balance",
+    "WithCritic",
+    "latent_noise",
+    "VAEGame",
+    "start_certain",
+    "latent_spread",
+    "decided",
+    "exchange",
+    "say_alike",
+    "invent_twin",
+    "Twins",
+    "start_apart",
+    "write_texts",
+    "Encoded",
+    "whitening",
+    "start_white",
+    "Validation",
+    "train",
+    "AT_LEAST_ONE",
+    "NOT_NEGATIVE",
+    "RUN_CHOICES",
+    "check_run",
+    "check_machine",
+    "check_multiple",
+    "check_side",
+    "PictureSettings",
+    "StepSettings",
+    "OutputSettings",
+    "RunConfig",
     "is_whole",
     "read_checkpoint",
     "other_model",
@@ -121,21 +143,18 @@ __all__ = [
     "Log",
     "TEN_BAD_STEPS",
     "Meter",
-    "recompute_blocks",
-    "keep_all",
     "make_accelerator",
     "pictures_per_step",
     "count_steps",
     "is_main_process",
-    "Run",
+    "recompute_blocks",
+    "keep_all",
+    "mean_of_all",
     "find_start",
     "open_tracker",
     "finish",
-    "take_step",
-    "mean_of_all",
     "StopNote",
     "leave_signals_to_main",
-    "optimise",
     "is_due",
     "report",
     "progress",
@@ -143,9 +162,9 @@ __all__ = [
     "Fused",
     "kept_bytes",
     "memory_needed",
+    "say_plan",
     "readable",
     "describe_plan",
-    "say_plan",
     "VAETrainingConfig",
     "check_vae_choices",
     "VGG_MEAN",
@@ -154,47 +173,33 @@ __all__ = [
     "stages_of_tower",
     "QuickGELU",
     "PerceptualDistance",
-    "PatchCritic",
-    "balance",
-    "latent_noise",
-    "VAEGame",
-    "start_certain",
-    "reconstruction_psnr",
-    "latent_spread",
     "open_dataset",
     "new_vae",
     "rebuilt_sheet",
+    "reconstruction_psnr",
     "train_vae",
-    "decided",
-    "exchange",
-    "say_alike",
-    "invent_twin",
-    "Twins",
     "CLIPTrainingConfig",
     "captions_of",
     "new_text_encoder",
     "caption_ids",
     "warn_about_long",
     "Tokenize",
-    "start_apart",
     "train_clip",
     "KEY_LENGTH",
     "short_name",
     "fingerprint",
-    "Rows",
     "write_at",
+    "Rows",
     "look_into",
     "look_key",
     "list_items",
     "Missing",
     "MissingInShards",
     "BATCH_PIXELS",
-    "write_texts",
     "write_moments",
     "side_of",
     "fill_cache",
     "find_rows",
-    "Encoded",
     "encode_dataset",
     "UNetShape",
     "UNET_SIZES",
@@ -202,197 +207,22 @@ __all__ = [
     "asked_sizes",
     "NoiseSettings",
     "TrainingConfig",
+    "make_noise_schedule",
     "check_noise",
     "check_shape",
-    "make_noise_schedule",
     "FROZEN",
     "source_of",
     "open_frozen",
     "unet_from_zero",
     "check_asked_sizes",
     "find_sizes",
-    "whitening",
-    "start_white",
     "new_unet",
     "check_schedule",
     "as_it_is",
     "hold_out",
-    "Validation",
     "sheet_of",
     "unet_memory",
-    "train",
 ]
-
-
-AT_LEAST_ONE = (
-    "batch_size gradient_accumulation_steps max_steps num_train_epochs num_pictures "
-    "image_size log_every checkpoint_every keep_checkpoints layers_per_block "
-    "norm_num_groups num_heads num_attention_heads hidden_size unet_dim"
-).split()
-NOT_NEGATIVE = (
-    "warmup_steps num_workers weight_decay validate_every num_validation "
-    "sample_every offset_noise snr_gamma l1_weight l2_weight kl_weight "
-    "perceptual_weight critic_weight critic_start"
-).split()
-RUN_CHOICES = {
-    "mixed_precision": ("no", "fp16", "bf16"),
-    "lr_scheduler": ("constant", "linear", "cosine"),
-    "log_with": ("none", "tensorboard", "wandb"),
-}
-
-
-def check_run(config) -> None:
-    """Raise ValueError for settings of a run that cannot be meant."""
-    for names, least, remedy in (
-        (AT_LEAST_ONE, 1, "at least 1"), (NOT_NEGATIVE, 0, "0 or more"),
-    ):  # fmt: skip
-        for name in names:
-            value = getattr(config, name, None)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}; give {remedy}")
-    for name in ("learning_rate", "max_grad_norm"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name} is {getattr(config, name)}; give more than 0")
-    if not 0 <= config.ema_decay < 1:
-        raise ValueError(
-            f"ema_decay is {config.ema_decay}; give 0 (no average) or less than 1"
-        )
-    for name, valid in RUN_CHOICES.items():
-        value = getattr(config, name)
-        if value not in valid:
-            raise ValueError(f"{name} {value!r} is none of {', '.join(valid)}")
-
-
-def check_machine(config) -> None:
-    """Raise ValueError for settings that this machine cannot follow."""
-    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("mixed_precision fp16 needs a GPU; use 'no' or 'bf16'")
-    package = config.log_with
-    if package != "none" and importlib.util.find_spec(package) is None:
-        raise ValueError(
-            f"log_with {package} needs a package that is not installed; run "
-            f"`pip install {package}`, or set log_with to none"
-        )
-
-
-@dataclass(frozen=True)
-class PictureSettings:
-    """What a training is shown.
-
-    Attributes:
-        dataset_path: "scenes" for the book's own world, a folder of pictures, or
-            .tar shards, as in "pets/{0000..0099}.tar".
-        num_pictures: how many of the endless scenes to use.
-        kinds: kinds of scene to show (chapter 4's `KINDS`); none named: all; one that
-            is named twice is shown twice as often.
-        image_size: pictures are cut to squares of this side, in pixels.
-        crops: squares cut from each picture at random places; 0: one, the middle.
-        flip: show mirror images, too; wrong where captions say left and right.
-        on_error: "skip" pictures that cannot be used, with a warning, or "raise".
-        batch_size: pictures that a process takes at once.
-        gradient_accumulation_steps: batches whose gradients make one step; a step sees
-            batch_size pictures times this times the number of processes.
-        num_workers: processes that prepare data.
-        seed: of the weights, the data order and the noise.
-    """
-
-    dataset_path: str = "scenes"
-    num_pictures: int = 20_000
-    kinds: tuple[str, ...] = ()
-    image_size: int = 64
-    crops: int = 0
-    flip: bool = False
-    on_error: str = "skip"
-    batch_size: int = 64
-    gradient_accumulation_steps: int = 1
-    num_workers: int = 0
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class StepSettings:
-    """How a training moves the weights.
-
-    Attributes:
-        max_steps: optimiser steps.
-        num_train_epochs: times that each picture is shown, in place of max_steps.
-        learning_rate: the highest.
-        lr_scheduler: what it does after the warm-up: "constant", "linear" or "cosine",
-            the last two down to 0 at the last step.
-        warmup_steps: steps until the highest learning rate.
-        weight_decay: AdamW's.
-        max_grad_norm: longer gradients are shortened to this.
-        ema_decay: how slowly the averaged weights follow; 0 keeps no average.
-        mixed_precision: "no", "fp16" or "bf16".
-        compile: let torch.compile speed the model up (a GPU's gain).
-    """
-
-    max_steps: int = 1000
-    num_train_epochs: int | None = None
-    learning_rate: float = 1e-3
-    lr_scheduler: str = "cosine"
-    warmup_steps: int = 100
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
-    mixed_precision: str = "no"
-    compile: bool = False
-
-
-def check_multiple(name: str, widths, divisor_name: str, divisor: int) -> None:
-    """Raise ValueError unless every width is a multiple of the divisor."""
-    if any(width % divisor for width in widths):
-        raise ValueError(
-            f"{name} {widths} do not split into {divisor_name} {divisor}; make every "
-            "width a multiple of it"
-        )
-
-
-def check_side(image_size: int, factor: int, why: str = "the VAE") -> None:
-    """Raise ValueError unless pictures of this side can be halved often enough."""
-    if image_size % factor:
-        near = max(1, round(image_size / factor)) * factor
-        raise ValueError(
-            f"image_size is {image_size}, but {why} needs a multiple of {factor}; "
-            f"give {near}"
-        )
-
-
-@dataclass(frozen=True)
-class OutputSettings:
-    """What a training writes down, and when.
-
-    Attributes:
-        output_dir: where the model, checkpoints/ and the log (log.jsonl) go.
-        log_every: steps between two lines of the log.
-        log_with: "tensorboard" or "wandb" get the same numbers and pictures; "none".
-        validate_every: steps between two looks at held-out pictures; 0 for none.
-        sample_every: steps between two sheets of pictures; 0 for none.
-        checkpoint_every: steps between two checkpoints.
-        keep_checkpoints: how many of them stay, the newest.
-        resume: "auto" goes on from the newest whole checkpoint in output_dir, "none"
-            starts from zero and sets those aside, a path goes on from that file or run.
-        dry_run: say what would be done, and stop before the first step.
-    """
-
-    output_dir: str = "runs/model"
-    log_every: int = 50
-    log_with: str = "none"
-    validate_every: int = 500
-    sample_every: int = 0
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-    resume: str = "auto"
-    dry_run: bool = False
-
-
-@dataclass(frozen=True)
-class RunConfig(OutputSettings, StepSettings, PictureSettings):
-    """What every training run needs to know."""
-
-    def __post_init__(self):
-        check_run(self)
-        check_machine(self)
 
 
 class StepSampler(Sampler):
@@ -558,7 +388,7 @@ def mean_where(chosen: Tensor, values: Tensor) -> Tensor:
     return torch.where(chosen, values, 0.0).sum() / chosen.sum()
 
 
-def learning_rate_at(step: int, config: StepSettings) -> float:
+def learning_rate_at(step: int, config: "StepSettings") -> float:
     """The factor on the learning rate: a line up, then what `lr_scheduler` says.
 
     Counts optimiser steps, however many processes or parts make one.
@@ -640,6 +470,679 @@ def load_checkpoint(path: Path, parts: dict) -> int:
         if name != "model" and name in state:
             part.load_state_dict(state[name])
     return state["step"]
+
+
+class Run:
+    """What one training moves, `module` and its average; and what it writes.
+
+    `config` is the one that was given, with its epochs counted in steps; `first` is
+    the step that it starts with.
+    """
+
+    def __init__(self, config: "RunConfig", module: nn.Module, size: int):
+        self.accelerator = accelerator = make_accelerator(config)
+        self.world, self.rank = accelerator.num_processes, accelerator.process_index
+        self.config = config = count_steps(config, size, self.world)
+        self.pictures = pictures_per_step(config, self.world)
+        self.device, self.main = accelerator.device, accelerator.is_main_process
+        self.output = Path(config.output_dir)
+        self.checkpoints = self.output / "checkpoints"
+        self.module = module.to(self.device, memory_format=torch.channels_last)
+        self.ema = EMA(module, config.ema_decay) if config.ema_decay else None
+        self.model = self.ema.shadow if self.ema else module
+        optimiser = torch.optim.AdamW(
+            module.parameters(), lr=config.learning_rate,
+            weight_decay=config.weight_decay, fused=True,
+        )  # fmt: skip
+        self.meter = Meter()
+        self.log = Log(self.output / "log.jsonl", self.main)
+        if getattr(config, "gradient_checkpointing", False):
+            recompute_blocks(module)
+        compiled = torch.compile(module) if config.compile else module
+        self.wrapped, self.optimiser = accelerator.prepare(compiled, optimiser)
+        self.parts = {"model": module, "optimiser": optimiser, "meter": self.meter}
+        self.parts |= {"ema": self.model} if self.ema else {}
+        self.parts |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
+        facts = {"processes": self.world, "pictures": size}
+        self.parts |= {"settings": Settings(config, **facts)} if self.main else {}
+        self.first = find_start(self)
+        open_tracker(self)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint of what is so after `step` steps."""
+        if self.main:
+            keep = self.config.keep_checkpoints
+            save_checkpoint(self.checkpoints, step, self.parts, keep)
+
+
+def take_step(run: Run, step: int, loss_of: Callable, batches) -> None:
+    """Move the weights once, by the mean gradient of `batches`.
+
+    A step whose loss or gradient is no number moves nothing and is counted.
+    """
+    config, measured = run.config, []
+    parts = config.gradient_accumulation_steps
+    for group in run.optimiser.param_groups:
+        group["lr"] = config.learning_rate * learning_rate_at(step, config)
+    for part, batch in enumerate(batches):
+        share = (part * run.world + run.rank, parts * run.world)
+        generator = step_generator(config.seed, step, device=run.device)
+        alone = run.accelerator.no_sync(run.wrapped) if part < parts - 1 else None
+        with alone or nullcontext():
+            with run.accelerator.autocast():
+                loss, numbers = loss_of(run.wrapped, batch, generator, share)
+            run.accelerator.backward(loss / parts)
+        measured.append({"loss": loss, **numbers})
+    weights = run.wrapped.parameters()
+    norm = run.accelerator.clip_grad_norm_(weights, config.max_grad_norm)
+    means = mean_of_all(run, measured) | {"grad_norm": float(norm)}
+    finite = math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])
+    if finite or run.accelerator.scaler:  # fp16's scaler leaves bad steps out itself
+        run.optimiser.step()
+    run.optimiser.zero_grad(set_to_none=True)
+    if not finite:
+        run.meter.skip(step)
+        return
+    run.meter.add(means)
+    if run.ema:
+        run.ema.update(run.module, step)
+
+
+def optimise(
+    config: "RunConfig",
+    module: nn.Module,
+    dataset: Dataset,
+    loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    validate: Callable[[nn.Module], dict[str, float]] | None = None,
+    collate: Callable | None = None,
+    sample: Callable[[nn.Module], Image.Image] | None = None,
+) -> nn.Module:
+    """Train `module` for `config.max_steps` and return its (averaged) weights.
+
+    `loss_of(module, batch, generator, share)` gives the loss and numbers to log. All
+    chance in it comes from the generator, which is the same for all shares of a step:
+    `share` is (part, parts), and this batch has the rows part, part + parts, … of it.
+    `validate(module)` gives numbers every `validate_every` steps, `sample(module)` a
+    picture every `sample_every`; both get the averaged weights. Numbers go to
+    `output_dir/log.jsonl`, checkpoints to `output_dir/checkpoints`. Ctrl-C writes one
+    and raises KeyboardInterrupt.
+    """
+    run = Run(config, module, len(dataset))
+    with StopNote() as note:
+        batches = iter(step_loader(run, dataset, collate))
+        for step in progress(run):
+            parts = islice(batches, config.gradient_accumulation_steps)
+            take_step(run, step, loss_of, parts)
+            report(run, step + 1, validate, sample)
+            stop = note.is_written(run)
+            if stop or is_due(step + 1, config.checkpoint_every, run.config):
+                run.save(step + 1)
+            if stop:
+                raise KeyboardInterrupt(
+                    f"after step {step + 1}; the same command goes on from there"
+                )
+    return finish(run)
+
+
+class PatchCritic(nn.Sequential):
+    """Says of each patch of a picture how real it looks (Isola et al., 2017).
+
+    Pixels (b, 3, h, w) to scores (b, 1, h / 4, w / 4); high is real.
+    """
+
+    def __init__(self, width: int = 32):
+        def layer(before, after, stride):
+            conv = nn.Conv2d(before, after, 4 if stride == 2 else 3, stride, padding=1)
+            return conv, nn.GroupNorm(8, after), nn.LeakyReLU(0.2)
+
+        super().__init__(
+            nn.Conv2d(3, width, 4, 2, padding=1),
+            nn.LeakyReLU(0.2),
+            *layer(width, 2 * width, 2),
+            *layer(2 * width, 4 * width, 1),
+            nn.Conv2d(4 * width, 1, 3, padding=1),
+        )
+
+
+def balance(error: Tensor, reward: Tensor, weight: Tensor) -> Tensor:
+    """The factor that makes the reward's gradient as long as the error's.
+
+    At one weight, a layer's; Esser et al. (2021), equation 7.
+    """
+    lengths = [
+        torch.autograd.grad(value, weight, retain_graph=True)[0].norm()
+        for value in (error, reward)
+    ]
+    return (lengths[0] / (lengths[1] + 1e-4)).clamp(0, 1e4).detach()
+
+
+class WithCritic(nn.Module):
+    """What a VAE in training does with its critic, `critic`; `VAEGame` has the rest."""
+
+    def play(self, pixels: Tensor, rebuilt: Tensor, error: Tensor):
+        """What the critic adds to the loss, for both players."""
+        critic, config = self.critic, self.config
+        self.batches += 1
+        if self.batches <= config.critic_start * config.gradient_accumulation_steps:
+            return sum(0.0 * weight.sum() for weight in critic.parameters()), {}
+        still = {name: weight.detach() for name, weight in critic.named_parameters()}
+        fooled = -torch.func.functional_call(critic, still, (rebuilt,)).mean()
+        factor = balance(error, fooled, self.vae.decoder.conv_out.weight)
+        real, made = critic(torch.cat([pixels, rebuilt.detach()])).chunk(2)
+        told = (F.relu(1 - real).mean() + F.relu(1 + made).mean()) / 2
+        numbers = {"fooled": -fooled, "critic": told, "critic_factor": factor}
+        return config.critic_weight * factor * fooled + told, numbers
+
+
+def latent_noise(config: VAEConfig, pixels: Tensor, generator, share=(0, 1)) -> Tensor:
+    """Noise for the latents of a share of a step's pictures."""
+    part, parts = share
+    sides = (side // config.downscale for side in pixels.shape[-2:])
+    shape = (len(pixels) * parts, config.latent_channels, *sides)
+    noise = torch.randn(shape, generator=generator, device=generator.device)
+    return noise[part::parts]
+
+
+class VAEGame(WithCritic):
+    """A VAE in training, with the critic that it has to please, if it has one.
+
+    Pictures and noise for their latents give the loss and numbers for the log.
+    """
+
+    def __init__(self, config: "VAETrainingConfig", vae: AutoencoderKL):
+        super().__init__()
+        self.config, self.vae = config, vae
+        self.critic = PatchCritic() if config.critic_weight else None
+        eyes = config.perceptual_weight and PerceptualDistance(config.perceptual_path)
+        self.frozen = [eyes]  # in a list: no part of what is trained and saved
+        self.register_buffer("batches", torch.tensor(0))
+
+    def forward(self, pixels: Tensor, noise: Tensor):
+        config = self.config
+        posterior = self.vae.encode(pixels)
+        rebuilt = self.vae.decode(posterior.mean + posterior.std * noise)
+        error = rebuilt - pixels
+        absolute, squared = error.abs().mean(), error.square().mean()
+        kl = posterior.kl().mean() / pixels[0].numel()
+        numbers = {"kl": kl, "squared": squared}
+        loss = config.l1_weight * absolute + config.l2_weight * squared
+        if config.perceptual_weight:
+            numbers["perceptual"] = self.frozen[0].to(pixels.device)(rebuilt, pixels)
+            loss = loss + config.perceptual_weight * numbers["perceptual"]
+        if self.critic:
+            played, scores = self.play(pixels, rebuilt, loss)
+            loss, numbers = loss + played, numbers | scores
+        return loss + config.kl_weight * kl, numbers
+
+
+@torch.no_grad()
+def start_certain(vae: AutoencoderKL, logvar: float = -6.0) -> None:
+    """Let a new encoder begin with little noise, not with the prior's.
+
+    With a standard deviation of 1 at the start, the noise drowns the means and a
+    latent channel gives up before it has learnt to carry anything.
+    """
+    vae.quant_conv.bias[vae.config.latent_channels :] = logvar
+
+
+@torch.no_grad()
+def latent_spread(
+    vae: AutoencoderKL, dataset: Dataset | list, count: int = 256
+) -> float:
+    """Standard deviation of latents drawn by the VAE, over everything.
+
+    Means and noise together, by the law of total variance; scaling undoes it.
+    """
+    device = next(vae.parameters()).device
+    posteriors = [
+        vae.encode(dataset[i][0][None].to(device))
+        for i in range(min(count, len(dataset)))
+    ]
+    means = torch.cat([posterior.mean for posterior in posteriors])
+    noise = torch.cat([posterior.std.square() for posterior in posteriors])
+    return (means.var() + noise.mean()).sqrt().item()
+
+
+def decided(scene: Scene) -> Request:
+    """All that a scene shows, whether its caption says it or not."""
+    groups = tuple(
+        replace(group, colour=thing.colour, size=thing.size)
+        for group, thing in zip(
+            scene.request.groups, (scene.things[0], scene.things[-1]), strict=False
+        )
+    )
+    return Request(groups, scene.request.relation, scene.background)
+
+
+def exchange(request: Request, rng: np.random.Generator) -> tuple[Request, str]:
+    """Change one point of a request; returns the new one and the point's name.
+
+    Two groups exchange their colours, sizes, counts or shapes, or one of them gets
+    another one. Three times out of four, a relation becomes any other one.
+    """
+
+    def another(options, than):
+        return rng.choice([option for option in options if option != than]).item()
+
+    options = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "count": (1, 2, 3)}
+    if request.relation and rng.random() < 0.75:
+        relation = another(RELATIONS, request.relation)
+        return replace(request, relation=relation), "relation"
+    point = rng.choice(list(options)).item()
+    values = [getattr(group, point) for group in request.groups]
+    if len(set(values)) == 2 and rng.random() < 0.5:
+        values.reverse()
+    else:
+        which = rng.integers(len(values))
+        values[which] = another(options[point], values[which])
+    groups = (replace(g, **{point: v}) for g, v in zip(request.groups, values))
+    return replace(request, groups=tuple(groups)), point
+
+
+def say_alike(request: Request, like: Request, point: str) -> Request:
+    """Leave out what `like` leaves out too, but say the point."""
+    groups = tuple(
+        replace(
+            group,
+            colour=group.colour if model.colour or point == "colour" else None,
+            size=group.size if model.size or point == "size" else None,
+        )
+        for group, model in zip(request.groups, like.groups, strict=True)
+    )
+    background = request.background if like.background else None
+    return Request(groups, request.relation, background)
+
+
+def invent_twin(scene: Scene, rng: np.random.Generator) -> tuple[Request, ...]:
+    """The twin, and what the captions of the scene and of its twin say.
+
+    A twin may be shown in training, has room in a picture, and is told apart by
+    its caption: "a star and a house" and "a house and a star" are no twins.
+    """
+    while True:
+        twin, point = exchange(decided(scene), rng)
+        said, other = (
+            say_alike(request, scene.request, point)
+            for request in (decided(scene), twin)
+        )
+        shapes = {group.shape for group in twin.groups}
+        room = sum(group.count for group in twin.groups) <= 3
+        apart = twin.relation or set(said.groups) != set(other.groups)
+        if room and apart and len(shapes) == len(twin.groups):
+            if not is_held_out(twin.groups):
+                return twin, said, other
+
+
+class Twins(Dataset):
+    """Each scene with a near twin: `((pixels, caption), (pixels, caption))`.
+
+    "a red star above a blue house" comes with "a blue star above a red house". A
+    reader of bags of words cannot tell them apart, so CLIP has to learn order. Both
+    captions say the point in which the two differ.
+    """
+
+    def __init__(self, scenes: Scenes):
+        self.scenes = scenes
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int):
+        scene = self.scenes.scene(index)
+        rng = np.random.default_rng((self.scenes.seed, 7, index))
+        twin, said, other = invent_twin(scene, rng)
+        pictures = (
+            draw(things, scene.background, self.scenes.size)
+            for things in (scene.things, arrange(twin, rng))
+        )
+        return tuple(
+            (to_pixels(picture), describe(request, rng))
+            for picture, request in zip(pictures, (said, other))
+        )
+
+
+def start_apart(clip: CLIP) -> None:
+    """Let words differ more, and their fit count less, than in CLIP's own start."""
+    embeddings = clip.text_encoder.embeddings
+    nn.init.normal_(embeddings.token_embedding.weight, std=0.3)
+    nn.init.constant_(clip.logit_scale, math.log(4))
+
+
+@torch.no_grad()
+def write_texts(table: "Rows", texts, text_encoder, tokenizer, batch_size=256) -> None:
+    """Add the states (tokens, d) of every text that the table lacks."""
+    device, known = next(text_encoder.parameters()).device, table.numbers()
+    keys = {short_name(text): text for text in texts}  # equal texts once, in order
+    missing = [(key, text) for key, text in keys.items() if key not in known]
+    with tqdm(total=len(keys), initial=len(keys) - len(missing), desc="texts") as bar:
+        for start in range(0, len(missing), batch_size):
+            names, batch = map(list, zip(*missing[start : start + batch_size]))
+            states = text_encoder(caption_ids(tokenizer, batch).to(device))
+            table.append(names, states.half().cpu().numpy())
+            bar.update(len(batch))
+    warn_about_long(tokenizer, [text for _, text in missing])
+
+
+class Encoded(Dataset):
+    """A dataset after its frozen parts: latents' moments and text states, in files.
+
+    `moments` (rows, 2c, h, w) and `texts` (m, tokens, d), both float16, are mapped
+    from `folder`, which several trainings may share; `rows` and `which` are the rows of
+    each item, `captions` what it says. Text 0 is "". What is missing is computed first
+    (`fill_cache`); pictures that cannot be read are left out, with a warning. Indexed
+    with a list, it gives `(moments, text states)` of the whole batch at once. `sample`
+    (m, tokens, d) are the states of `some_captions` (or of the first 1000 items').
+    """
+
+    def __init__(
+        self, dataset, vae, text_encoder, tokenizer, folder, num_workers=0,
+        some_captions=(),
+    ):  # fmt: skip
+        *self.tables, items = fill_cache(
+            Path(folder), dataset, vae, text_encoder, tokenizer, num_workers,
+            some_captions,
+        )  # fmt: skip
+        self.rows, self.which = find_rows(*self.tables, items).T
+        self.moments, self.texts = (table.open() for table in self.tables)
+        some = list(some_captions) or [text for _, text in items[:1000]]
+        number = self.tables[1].numbers()
+        said = {number[short_name(text)]: text for _, text in items}
+        self.captions = [said[which] for which in self.which]
+        self.sample = self.texts[[number[short_name(text)] for text in some]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        moments = torch.from_numpy(self.moments[self.rows[indices]])
+        return moments, torch.from_numpy(self.texts[self.which[indices]])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        moments, states = self.__getitems__([index])
+        return moments[0], states[0]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "moments": None, "texts": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = state
+        self.moments, self.texts = (table.open() for table in self.tables)
+
+
+def whitening(
+    states: Float[Tensor, "m n d"], floor: float = 0.01
+) -> Float[Tensor, "d d"]:
+    """S^(-1/2), with S the second moments of the states' vectors.
+
+    `floor`, as a share of the mean, is added to the strength of every direction.
+    """
+    x = states.flatten(0, 1).float()
+    strengths, directions = torch.linalg.eigh(x.T @ x / len(x))
+    strengths = strengths + floor * strengths.mean()
+    return directions / strengths.sqrt() @ directions.T
+
+
+@torch.no_grad()
+def start_white(unet: UNet, states: Float[Tensor, "m n d"]) -> UNet:
+    """Let the maps that read the text start as if its states were white.
+
+    `states` are those of many captions. `to_k` and `to_v` of each cross-attention
+    are multiplied by their `whitening`.
+    """
+    whiten = whitening(states)
+    for block in unet.modules():
+        if isinstance(block, TransformerBlock):
+            for read in (block.attn2.to_k, block.attn2.to_v):
+                read.weight.copy_(read.weight @ whiten.to(read.weight))
+    return unet
+
+
+class Validation:
+    """The UNet's error on held-out pictures, with the same noise each time.
+
+    Called with a UNet, it gives numbers for the log: the mean, and that of each band
+    of timesteps, a quarter of them by default.
+    """
+
+    def __init__(self, loss, held: Dataset, vae, text_encoder, tokenizer, bands=4):
+        self.loss, self.device = loss, next(vae.parameters()).device
+        last = loss.scheduler.num_train_timesteps
+        self.edges = [last * band // bands for band in range(bands + 1)]
+        self.batches = []
+        for start in range(0, len(held), 8):
+            items = (held[i] for i in range(start, min(start + 8, len(held))))
+            pixels, captions = zip(*items, strict=True)
+            with torch.no_grad():
+                x0 = vae.encode(torch.stack(pixels).to(self.device)).mean * loss.scale
+                ids = caption_ids(tokenizer, list(captions)).to(self.device)
+                context = text_encoder(ids)
+            self.batches.append((x0, context))
+
+    @torch.no_grad()
+    def __call__(self, unet) -> dict[str, float]:
+        means = {}
+        for low, high in zip(self.edges, self.edges[1:]):
+            generator = step_generator(0, low, device=self.device)
+            errors = []
+            for x0, context in self.batches:
+                place = (torch.arange(len(x0), device=self.device) + 0.5) / len(x0)
+                t = (low + place * (high - low)).long()
+                noise = torch.randn(x0.shape, generator=generator, device=self.device)
+                errors.append(self.loss.errors(unet, x0, noise, t, context))
+            means[f"val_error_{low}_{high - 1}"] = torch.cat(errors).mean().item()
+        return {"val_error": sum(means.values()) / len(means), **means}
+
+
+def train(config: "TrainingConfig") -> StableDiffusion | None:
+    """Train a UNet on a frozen VAE and text model, and save the whole pipeline.
+
+    Says the plan first; with `dry_run` that is all. The pictures and captions go
+    through the frozen parts once, before the loop. Writes the model to `output_dir`,
+    which diffusers and `StableDiffusion.from_pretrained` open.
+    """
+    accelerator = make_accelerator(config)
+    sizes = find_sizes(config)
+    check_schedule(config)
+    empty_unet = build_empty(UNet, sizes)
+    check_fits(find_checkpoint(config), empty_unet)
+    dataset = open_dataset(config)
+    shown, held = hold_out(config, dataset)
+    memory = unet_memory(config, empty_unet)
+    say_plan(config, dataset, empty_unet, memory, shown=len(shown), held=len(held))
+    if config.dry_run:
+        return None
+
+    frozen = vae, text_encoder, tokenizer = open_frozen(config)
+    encoded = encode_dataset(config, dataset, accelerator, *frozen)
+    torch.manual_seed(config.seed)  # here: filling the cache may have drawn numbers
+    unet = new_unet(config, sizes, torch.tensor(encoded.sample))
+    scheduler = make_noise_schedule(config)
+    empty = torch.tensor(encoded.texts[0]).float().to(accelerator.device)
+    loss = DiffusionLoss(
+        scheduler, vae.config.scaling_factor, empty, config.caption_dropout,
+        config.snr_gamma, config.snr_power, config.offset_noise,
+        config.noisy_share,
+    )  # fmt: skip
+    unet = optimise(
+        config, unet, Subset(encoded, shown), loss, collate=as_it_is,
+        validate=Validation(loss, held, *frozen) if len(held) else None,
+        sample=sheet_of(config, held if len(held) else dataset, *frozen, scheduler),
+    )  # fmt: skip
+    pipe = StableDiffusion(*frozen, unet.eval(), scheduler)
+    if is_main_process():
+        pipe.save_pretrained(config.output_dir)
+    return pipe
+
+
+AT_LEAST_ONE = (
+    "batch_size gradient_accumulation_steps max_steps num_train_epochs num_pictures "
+    "image_size log_every checkpoint_every keep_checkpoints layers_per_block "
+    "norm_num_groups num_heads num_attention_heads hidden_size unet_dim"
+).split()
+NOT_NEGATIVE = (
+    "warmup_steps num_workers weight_decay validate_every num_validation "
+    "sample_every offset_noise snr_gamma l1_weight l2_weight kl_weight "
+    "perceptual_weight critic_weight critic_start"
+).split()
+RUN_CHOICES = {
+    "mixed_precision": ("no", "fp16", "bf16"),
+    "lr_scheduler": ("constant", "linear", "cosine"),
+    "log_with": ("none", "tensorboard", "wandb"),
+}
+
+
+def check_run(config) -> None:
+    """Raise ValueError for settings of a run that cannot be meant."""
+    for names, least, remedy in (
+        (AT_LEAST_ONE, 1, "at least 1"), (NOT_NEGATIVE, 0, "0 or more"),
+    ):  # fmt: skip
+        for name in names:
+            value = getattr(config, name, None)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; give {remedy}")
+    for name in ("learning_rate", "max_grad_norm"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} is {getattr(config, name)}; give more than 0")
+    if not 0 <= config.ema_decay < 1:
+        raise ValueError(
+            f"ema_decay is {config.ema_decay}; give 0 (no average) or less than 1"
+        )
+    for name, valid in RUN_CHOICES.items():
+        value = getattr(config, name)
+        if value not in valid:
+            raise ValueError(f"{name} {value!r} is none of {', '.join(valid)}")
+
+
+def check_machine(config) -> None:
+    """Raise ValueError for settings that this machine cannot follow."""
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("mixed_precision fp16 needs a GPU; use 'no' or 'bf16'")
+    package = config.log_with
+    if package != "none" and importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f"log_with {package} needs a package that is not installed; run "
+            f"`pip install {package}`, or set log_with to none"
+        )
+
+
+def check_multiple(name: str, widths, divisor_name: str, divisor: int) -> None:
+    """Raise ValueError unless every width is a multiple of the divisor."""
+    if any(width % divisor for width in widths):
+        raise ValueError(
+            f"{name} {widths} do not split into {divisor_name} {divisor}; make every "
+            "width a multiple of it"
+        )
+
+
+def check_side(image_size: int, factor: int, why: str = "the VAE") -> None:
+    """Raise ValueError unless pictures of this side can be halved often enough."""
+    if image_size % factor:
+        near = max(1, round(image_size / factor)) * factor
+        raise ValueError(
+            f"image_size is {image_size}, but {why} needs a multiple of {factor}; "
+            f"give {near}"
+        )
+
+
+@dataclass(frozen=True)
+class PictureSettings:
+    """What a training is shown.
+
+    Attributes:
+        dataset_path: "scenes" for the book's own world, a folder of pictures, or
+            .tar shards, as in "pets/{0000..0099}.tar".
+        num_pictures: how many of the endless scenes to use.
+        kinds: kinds of scene to show (chapter 4's `KINDS`); none named: all; one that
+            is named twice is shown twice as often.
+        image_size: pictures are cut to squares of this side, in pixels.
+        crops: squares cut from each picture at random places; 0: one, the middle.
+        flip: show mirror images, too; wrong where captions say left and right.
+        on_error: "skip" pictures that cannot be used, with a warning, or "raise".
+        batch_size: pictures that a process takes at once.
+        gradient_accumulation_steps: batches whose gradients make one step; a step sees
+            batch_size pictures times this times the number of processes.
+        num_workers: processes that prepare data.
+        seed: of the weights, the data order and the noise.
+    """
+
+    dataset_path: str = "scenes"
+    num_pictures: int = 20_000
+    kinds: tuple[str, ...] = ()
+    image_size: int = 64
+    crops: int = 0
+    flip: bool = False
+    on_error: str = "skip"
+    batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    num_workers: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How a training moves the weights.
+
+    Attributes:
+        max_steps: optimiser steps.
+        num_train_epochs: times that each picture is shown, in place of max_steps.
+        learning_rate: the highest.
+        lr_scheduler: what it does after the warm-up: "constant", "linear" or "cosine",
+            the last two down to 0 at the last step.
+        warmup_steps: steps until the highest learning rate.
+        weight_decay: AdamW's.
+        max_grad_norm: longer gradients are shortened to this.
+        ema_decay: how slowly the averaged weights follow; 0 keeps no average.
+        mixed_precision: "no", "fp16" or "bf16".
+        compile: let torch.compile speed the model up (a GPU's gain).
+    """
+
+    max_steps: int = 1000
+    num_train_epochs: int | None = None
+    learning_rate: float = 1e-3
+    lr_scheduler: str = "cosine"
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    mixed_precision: str = "no"
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """What a training writes down, and when.
+
+    Attributes:
+        output_dir: where the model, checkpoints/ and the log (log.jsonl) go.
+        log_every: steps between two lines of the log.
+        log_with: "tensorboard" or "wandb" get the same numbers and pictures; "none".
+        validate_every: steps between two looks at held-out pictures; 0 for none.
+        sample_every: steps between two sheets of pictures; 0 for none.
+        checkpoint_every: steps between two checkpoints.
+        keep_checkpoints: how many of them stay, the newest.
+        resume: "auto" goes on from the newest whole checkpoint in output_dir, "none"
+            starts from zero and sets those aside, a path goes on from that file or run.
+        dry_run: say what would be done, and stop before the first step.
+    """
+
+    output_dir: str = "runs/model"
+    log_every: int = 50
+    log_with: str = "none"
+    validate_every: int = 500
+    sample_every: int = 0
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    resume: str = "auto"
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class RunConfig(OutputSettings, StepSettings, PictureSettings):
+    """What every training run needs to know."""
+
+    def __post_init__(self):
+        check_run(self)
+        check_machine(self)
 
 
 def is_whole(path: Path) -> bool:
@@ -851,19 +1354,6 @@ class Meter:
         return means
 
 
-def recompute_blocks(module: nn.Module) -> None:
-    """Keep no values inside residual and transformer blocks for the backward pass."""
-    for block in module.modules():
-        if isinstance(block, (ResBlock, SpatialTransformer)):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def keep_all(module: nn.Module) -> None:
-    """Undo `recompute_blocks`."""
-    for block in module.modules():
-        vars(block).pop("forward", None)
-
-
 def make_accelerator(config: RunConfig):
     """Accelerate's view of this process: device, precision, rank among others."""
     from accelerate import Accelerator
@@ -901,47 +1391,30 @@ def is_main_process() -> bool:
     return PartialState().is_main_process
 
 
-class Run:
-    """What one training moves, `module` and its average; and what it writes.
+def recompute_blocks(module: nn.Module) -> None:
+    """Keep no values inside residual and transformer blocks for the backward pass."""
+    for block in module.modules():
+        if isinstance(block, (ResBlock, SpatialTransformer)):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
-    `config` is the one that was given, with its epochs counted in steps; `first` is
-    the step that it starts with.
+
+def keep_all(module: nn.Module) -> None:
+    """Undo `recompute_blocks`."""
+    for block in module.modules():
+        vars(block).pop("forward", None)
+
+
+def mean_of_all(run: Run, measured: list[dict[str, Tensor]]) -> dict[str, float]:
+    """The mean of each number over the parts of a step and over the processes.
+
+    Of all but the loss, what is no number is left out.
     """
-
-    def __init__(self, config: RunConfig, module: nn.Module, size: int):
-        self.accelerator = accelerator = make_accelerator(config)
-        self.world, self.rank = accelerator.num_processes, accelerator.process_index
-        self.config = config = count_steps(config, size, self.world)
-        self.pictures = pictures_per_step(config, self.world)
-        self.device, self.main = accelerator.device, accelerator.is_main_process
-        self.output = Path(config.output_dir)
-        self.checkpoints = self.output / "checkpoints"
-        self.module = module.to(self.device, memory_format=torch.channels_last)
-        self.ema = EMA(module, config.ema_decay) if config.ema_decay else None
-        self.model = self.ema.shadow if self.ema else module
-        optimiser = torch.optim.AdamW(
-            module.parameters(), lr=config.learning_rate,
-            weight_decay=config.weight_decay, fused=True,
-        )  # fmt: skip
-        self.meter = Meter()
-        self.log = Log(self.output / "log.jsonl", self.main)
-        if getattr(config, "gradient_checkpointing", False):
-            recompute_blocks(module)
-        compiled = torch.compile(module) if config.compile else module
-        self.wrapped, self.optimiser = accelerator.prepare(compiled, optimiser)
-        self.parts = {"model": module, "optimiser": optimiser, "meter": self.meter}
-        self.parts |= {"ema": self.model} if self.ema else {}
-        self.parts |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
-        facts = {"processes": self.world, "pictures": size}
-        self.parts |= {"settings": Settings(config, **facts)} if self.main else {}
-        self.first = find_start(self)
-        open_tracker(self)
-
-    def save(self, step: int) -> None:
-        """Write a checkpoint of what is so after `step` steps."""
-        if self.main:
-            keep = self.config.keep_checkpoints
-            save_checkpoint(self.checkpoints, step, self.parts, keep)
+    names = list(measured[0])
+    rows = [[torch.as_tensor(m[n]).detach().float() for n in names] for m in measured]
+    table = torch.stack([torch.stack(row) for row in rows]).to(run.device)
+    table = run.accelerator.gather(table).double()
+    means = dict(zip(names, table.nanmean(0).tolist(), strict=True))
+    return means | {"loss": table[:, 0].mean().item()}
 
 
 def find_start(run: Run) -> int:
@@ -970,52 +1443,6 @@ def finish(run: Run) -> nn.Module:
     keep_all(run.module)
     run.accelerator.end_training()
     return run.model
-
-
-def take_step(run: Run, step: int, loss_of: Callable, batches) -> None:
-    """Move the weights once, by the mean gradient of `batches`.
-
-    A step whose loss or gradient is no number moves nothing and is counted.
-    """
-    config, measured = run.config, []
-    parts = config.gradient_accumulation_steps
-    for group in run.optimiser.param_groups:
-        group["lr"] = config.learning_rate * learning_rate_at(step, config)
-    for part, batch in enumerate(batches):
-        share = (part * run.world + run.rank, parts * run.world)
-        generator = step_generator(config.seed, step, device=run.device)
-        alone = run.accelerator.no_sync(run.wrapped) if part < parts - 1 else None
-        with alone or nullcontext():
-            with run.accelerator.autocast():
-                loss, numbers = loss_of(run.wrapped, batch, generator, share)
-            run.accelerator.backward(loss / parts)
-        measured.append({"loss": loss, **numbers})
-    weights = run.wrapped.parameters()
-    norm = run.accelerator.clip_grad_norm_(weights, config.max_grad_norm)
-    means = mean_of_all(run, measured) | {"grad_norm": float(norm)}
-    finite = math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])
-    if finite or run.accelerator.scaler:  # fp16's scaler leaves bad steps out itself
-        run.optimiser.step()
-    run.optimiser.zero_grad(set_to_none=True)
-    if not finite:
-        run.meter.skip(step)
-        return
-    run.meter.add(means)
-    if run.ema:
-        run.ema.update(run.module, step)
-
-
-def mean_of_all(run: Run, measured: list[dict[str, Tensor]]) -> dict[str, float]:
-    """The mean of each number over the parts of a step and over the processes.
-
-    Of all but the loss, what is no number is left out.
-    """
-    names = list(measured[0])
-    rows = [[torch.as_tensor(m[n]).detach().float() for n in names] for m in measured]
-    table = torch.stack([torch.stack(row) for row in rows]).to(run.device)
-    table = run.accelerator.gather(table).double()
-    means = dict(zip(names, table.nanmean(0).tolist(), strict=True))
-    return means | {"loss": table[:, 0].mean().item()}
 
 
 class StopNote:
@@ -1049,42 +1476,6 @@ def leave_signals_to_main(worker: int) -> None:
     """A process that prepares data ends when the main one tells it to."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def optimise(
-    config: RunConfig,
-    module: nn.Module,
-    dataset: Dataset,
-    loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
-    validate: Callable[[nn.Module], dict[str, float]] | None = None,
-    collate: Callable | None = None,
-    sample: Callable[[nn.Module], Image.Image] | None = None,
-) -> nn.Module:
-    """Train `module` for `config.max_steps` and return its (averaged) weights.
-
-    `loss_of(module, batch, generator, share)` gives the loss and numbers to log. All
-    chance in it comes from the generator, which is the same for all shares of a step:
-    `share` is (part, parts), and this batch has the rows part, part + parts, … of it.
-    `validate(module)` gives numbers every `validate_every` steps, `sample(module)` a
-    picture every `sample_every`; both get the averaged weights. Numbers go to
-    `output_dir/log.jsonl`, checkpoints to `output_dir/checkpoints`. Ctrl-C writes one
-    and raises KeyboardInterrupt.
-    """
-    run = Run(config, module, len(dataset))
-    with StopNote() as note:
-        batches = iter(step_loader(run, dataset, collate))
-        for step in progress(run):
-            parts = islice(batches, config.gradient_accumulation_steps)
-            take_step(run, step, loss_of, parts)
-            report(run, step + 1, validate, sample)
-            stop = note.is_written(run)
-            if stop or is_due(step + 1, config.checkpoint_every, run.config):
-                run.save(step + 1)
-            if stop:
-                raise KeyboardInterrupt(
-                    f"after step {step + 1}; the same command goes on from there"
-                )
-    return finish(run)
 
 
 def is_due(done: int, every: int, config: RunConfig) -> bool:
@@ -1212,6 +1603,12 @@ def memory_needed(
     return {"weights": copies, "batch": batch // 2 if half else batch}
 
 
+def say_plan(config: RunConfig, *facts, **more) -> None:
+    """Print the plan, once."""
+    if is_main_process():
+        print(describe_plan(config, *facts, **more), flush=True)
+
+
 def readable(size: int) -> str:
     """A number of bytes as people say it."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
@@ -1253,12 +1650,6 @@ def describe_plan(
         "start": f"goes on from {path}" if path else "from step 0",
     }
     return "\n".join(f"{name:8}{text}" for name, text in lines.items())
-
-
-def say_plan(config: RunConfig, *facts, **more) -> None:
-    """Print the plan, once."""
-    if is_main_process():
-        print(describe_plan(config, *facts, **more), flush=True)
 
 
 @dataclass(frozen=True)
@@ -1380,135 +1771,6 @@ class PerceptualDistance(nn.Module):
         return sum(distances) / len(distances)
 
 
-class PatchCritic(nn.Sequential):
-    """Says of each patch of a picture how real it looks (Isola et al., 2017).
-
-    Pixels (b, 3, h, w) to scores (b, 1, h / 4, w / 4); high is real.
-    """
-
-    def __init__(self, width: int = 32):
-        def layer(before, after, stride):
-            conv = nn.Conv2d(before, after, 4 if stride == 2 else 3, stride, padding=1)
-            return conv, nn.GroupNorm(8, after), nn.LeakyReLU(0.2)
-
-        super().__init__(
-            nn.Conv2d(3, width, 4, 2, padding=1),
-            nn.LeakyReLU(0.2),
-            *layer(width, 2 * width, 2),
-            *layer(2 * width, 4 * width, 1),
-            nn.Conv2d(4 * width, 1, 3, padding=1),
-        )
-
-
-def balance(error: Tensor, reward: Tensor, weight: Tensor) -> Tensor:
-    """The factor that makes the reward's gradient as long as the error's.
-
-    At one weight, a layer's; Esser et al. (2021), equation 7.
-    """
-    lengths = [
-        torch.autograd.grad(value, weight, retain_graph=True)[0].norm()
-        for value in (error, reward)
-    ]
-    return (lengths[0] / (lengths[1] + 1e-4)).clamp(0, 1e4).detach()
-
-
-def latent_noise(config: VAEConfig, pixels: Tensor, generator, share=(0, 1)) -> Tensor:
-    """Noise for the latents of a share of a step's pictures."""
-    part, parts = share
-    sides = (side // config.downscale for side in pixels.shape[-2:])
-    shape = (len(pixels) * parts, config.latent_channels, *sides)
-    noise = torch.randn(shape, generator=generator, device=generator.device)
-    return noise[part::parts]
-
-
-class VAEGame(nn.Module):
-    """A VAE in training, with the critic that it has to please, if it has one.
-
-    Pictures and noise for their latents give the loss and numbers for the log.
-    """
-
-    def __init__(self, config: VAETrainingConfig, vae: AutoencoderKL):
-        super().__init__()
-        self.config, self.vae = config, vae
-        self.critic = PatchCritic() if config.critic_weight else None
-        eyes = config.perceptual_weight and PerceptualDistance(config.perceptual_path)
-        self.frozen = [eyes]  # in a list: no part of what is trained and saved
-        self.register_buffer("batches", torch.tensor(0))
-
-    def forward(self, pixels: Tensor, noise: Tensor):
-        config = self.config
-        posterior = self.vae.encode(pixels)
-        rebuilt = self.vae.decode(posterior.mean + posterior.std * noise)
-        error = rebuilt - pixels
-        absolute, squared = error.abs().mean(), error.square().mean()
-        kl = posterior.kl().mean() / pixels[0].numel()
-        numbers = {"kl": kl, "squared": squared}
-        loss = config.l1_weight * absolute + config.l2_weight * squared
-        if config.perceptual_weight:
-            numbers["perceptual"] = self.frozen[0].to(pixels.device)(rebuilt, pixels)
-            loss = loss + config.perceptual_weight * numbers["perceptual"]
-        if self.critic:
-            played, scores = self.play(pixels, rebuilt, loss)
-            loss, numbers = loss + played, numbers | scores
-        return loss + config.kl_weight * kl, numbers
-
-    def play(self, pixels: Tensor, rebuilt: Tensor, error: Tensor):
-        """What the critic adds to the loss, for both players."""
-        critic, config = self.critic, self.config
-        self.batches += 1
-        if self.batches <= config.critic_start * config.gradient_accumulation_steps:
-            return sum(0.0 * weight.sum() for weight in critic.parameters()), {}
-        still = {name: weight.detach() for name, weight in critic.named_parameters()}
-        fooled = -torch.func.functional_call(critic, still, (rebuilt,)).mean()
-        factor = balance(error, fooled, self.vae.decoder.conv_out.weight)
-        real, made = critic(torch.cat([pixels, rebuilt.detach()])).chunk(2)
-        told = (F.relu(1 - real).mean() + F.relu(1 + made).mean()) / 2
-        numbers = {"fooled": -fooled, "critic": told, "critic_factor": factor}
-        return config.critic_weight * factor * fooled + told, numbers
-
-
-@torch.no_grad()
-def start_certain(vae: AutoencoderKL, logvar: float = -6.0) -> None:
-    """Let a new encoder begin with little noise, not with the prior's.
-
-    With a standard deviation of 1 at the start, the noise drowns the means and a
-    latent channel gives up before it has learnt to carry anything.
-    """
-    vae.quant_conv.bias[vae.config.latent_channels :] = logvar
-
-
-@torch.no_grad()
-def reconstruction_psnr(
-    vae: AutoencoderKL, dataset: Dataset | list, count: int = 64
-) -> float:
-    """Mean PSNR, in dB, of `count` pictures through encoder and decoder."""
-    device = next(vae.parameters()).device
-    values = []
-    for index in range(min(count, len(dataset))):
-        pixels = dataset[index][0][None].to(device)
-        rebuilt = vae.decode(vae.encode(pixels).mode()).clamp(-1, 1)
-        values.append(10 * math.log10(4 / (rebuilt - pixels).square().mean().item()))
-    return sum(values) / len(values)
-
-
-@torch.no_grad()
-def latent_spread(
-    vae: AutoencoderKL, dataset: Dataset | list, count: int = 256
-) -> float:
-    """Standard deviation of latents drawn by the VAE, over everything.
-
-    Means and noise together, by the law of total variance; scaling undoes it.
-    """
-    device = next(vae.parameters()).device
-    posteriors = [
-        vae.encode(dataset[i][0][None].to(device))
-        for i in range(min(count, len(dataset)))
-    ]
-    means = torch.cat([posterior.mean for posterior in posteriors])
-    noise = torch.cat([posterior.std.square() for posterior in posteriors])
-    return (means.var() + noise.mean()).sqrt().item()
-
-
 def open_dataset(config: RunConfig, split: str = "train") -> Dataset:
     """The scenes, or the pictures of a folder or of .tar shards (without splits)."""
     if config.dataset_path == "scenes":
@@ -1552,6 +1814,20 @@ def rebuilt_sheet(dataset: Dataset | list, count: int = 8):
     return draw_sheet
 
 
+@torch.no_grad()
+def reconstruction_psnr(
+    vae: AutoencoderKL, dataset: Dataset | list, count: int = 64
+) -> float:
+    """Mean PSNR, in dB, of `count` pictures through encoder and decoder."""
+    device = next(vae.parameters()).device
+    values = []
+    for index in range(min(count, len(dataset))):
+        pixels = dataset[index][0][None].to(device)
+        rebuilt = vae.decode(vae.encode(pixels).mode()).clamp(-1, 1)
+        values.append(10 * math.log10(4 / (rebuilt - pixels).square().mean().item()))
+    return sum(values) / len(values)
+
+
 def train_vae(config: VAETrainingConfig) -> AutoencoderKL | None:
     """Train a VAE, measure its latent scale, and save it in diffusers' layout.
 
@@ -1589,104 +1865,6 @@ def train_vae(config: VAETrainingConfig) -> AutoencoderKL | None:
     if is_main_process():
         vae.save_pretrained(Path(config.output_dir) / "vae")
     return vae
-
-
-def decided(scene: Scene) -> Request:
-    """All that a scene shows, whether its caption says it or not."""
-    groups = tuple(
-        replace(group, colour=thing.colour, size=thing.size)
-        for group, thing in zip(
-            scene.request.groups, (scene.things[0], scene.things[-1]), strict=False
-        )
-    )
-    return Request(groups, scene.request.relation, scene.background)
-
-
-def exchange(request: Request, rng: np.random.Generator) -> tuple[Request, str]:
-    """Change one point of a request; returns the new one and the point's name.
-
-    Two groups exchange their colours, sizes, counts or shapes, or one of them gets
-    another one. Three times out of four, a relation becomes any other one.
-    """
-
-    def another(options, than):
-        return rng.choice([option for option in options if option != than]).item()
-
-    options = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "count": (1, 2, 3)}
-    if request.relation and rng.random() < 0.75:
-        relation = another(RELATIONS, request.relation)
-        return replace(request, relation=relation), "relation"
-    point = rng.choice(list(options)).item()
-    values = [getattr(group, point) for group in request.groups]
-    if len(set(values)) == 2 and rng.random() < 0.5:
-        values.reverse()
-    else:
-        which = rng.integers(len(values))
-        values[which] = another(options[point], values[which])
-    groups = (replace(g, **{point: v}) for g, v in zip(request.groups, values))
-    return replace(request, groups=tuple(groups)), point
-
-
-def say_alike(request: Request, like: Request, point: str) -> Request:
-    """Leave out what `like` leaves out too, but say the point."""
-    groups = tuple(
-        replace(
-            group,
-            colour=group.colour if model.colour or point == "colour" else None,
-            size=group.size if model.size or point == "size" else None,
-        )
-        for group, model in zip(request.groups, like.groups, strict=True)
-    )
-    background = request.background if like.background else None
-    return Request(groups, request.relation, background)
-
-
-def invent_twin(scene: Scene, rng: np.random.Generator) -> tuple[Request, ...]:
-    """The twin, and what the captions of the scene and of its twin say.
-
-    A twin may be shown in training, has room in a picture, and is told apart by
-    its caption: "a star and a house" and "a house and a star" are no twins.
-    """
-    while True:
-        twin, point = exchange(decided(scene), rng)
-        said, other = (
-            say_alike(request, scene.request, point)
-            for request in (decided(scene), twin)
-        )
-        shapes = {group.shape for group in twin.groups}
-        room = sum(group.count for group in twin.groups) <= 3
-        apart = twin.relation or set(said.groups) != set(other.groups)
-        if room and apart and len(shapes) == len(twin.groups):
-            if not is_held_out(twin.groups):
-                return twin, said, other
-
-
-class Twins(Dataset):
-    """Each scene with a near twin: `((pixels, caption), (pixels, caption))`.
-
-    "a red star above a blue house" comes with "a blue star above a red house". A
-    reader of bags of words cannot tell them apart, so CLIP has to learn order. Both
-    captions say the point in which the two differ.
-    """
-
-    def __init__(self, scenes: Scenes):
-        self.scenes = scenes
-
-    def __len__(self) -> int:
-        return len(self.scenes)
-
-    def __getitem__(self, index: int):
-        scene = self.scenes.scene(index)
-        rng = np.random.default_rng((self.scenes.seed, 7, index))
-        twin, said, other = invent_twin(scene, rng)
-        pictures = (
-            draw(things, scene.background, self.scenes.size)
-            for things in (scene.things, arrange(twin, rng))
-        )
-        return tuple(
-            (to_pixels(picture), describe(request, rng))
-            for picture, request in zip(pictures, (said, other))
-        )
 
 
 @dataclass(frozen=True)
@@ -1775,13 +1953,6 @@ class Tokenize:
         return torch.stack(pixels), caption_ids(self.tokenizer, list(captions))
 
 
-def start_apart(clip: CLIP) -> None:
-    """Let words differ more, and their fit count less, than in CLIP's own start."""
-    embeddings = clip.text_encoder.embeddings
-    nn.init.normal_(embeddings.token_embedding.weight, std=0.3)
-    nn.init.constant_(clip.logit_scale, math.log(4))
-
-
 def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel | None:
     """Train text and picture towers to agree; save text model and tokenizer.
 
@@ -1846,6 +2017,16 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def write_at(path: Path, place: int, data: bytes) -> None:
+    """Write at a place of a file, and drop what came after it."""
+    with open(path, "r+b" if path.exists() else "wb") as file:
+        file.truncate(place)
+        file.seek(place)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # the rows have to be there before their keys
+
+
 class Rows:
     """A growing table of float16 rows in files, each row under a key.
 
@@ -1885,16 +2066,6 @@ class Rows:
         """All rows (count, …), mapped into memory: read when they are used."""
         shape = (self.count(), *json.loads(self.shape_file.read_text()))
         return np.memmap(self.folder / "rows", np.float16, "r", shape=shape)
-
-
-def write_at(path: Path, place: int, data: bytes) -> None:
-    """Write at a place of a file, and drop what came after it."""
-    with open(path, "r+b" if path.exists() else "wb") as file:
-        file.truncate(place)
-        file.seek(place)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())  # the rows have to be there before their keys
 
 
 def look_into(notes: Path, files: list, read: Callable) -> list:
@@ -1981,21 +2152,6 @@ BATCH_PIXELS = 2**19  # fits into any memory: 128 pictures of 64 × 64, 2 of 512
 
 
 @torch.no_grad()
-def write_texts(table: Rows, texts, text_encoder, tokenizer, batch_size=256) -> None:
-    """Add the states (tokens, d) of every text that the table lacks."""
-    device, known = next(text_encoder.parameters()).device, table.numbers()
-    keys = {short_name(text): text for text in texts}  # equal texts once, in order
-    missing = [(key, text) for key, text in keys.items() if key not in known]
-    with tqdm(total=len(keys), initial=len(keys) - len(missing), desc="texts") as bar:
-        for start in range(0, len(missing), batch_size):
-            names, batch = map(list, zip(*missing[start : start + batch_size]))
-            states = text_encoder(caption_ids(tokenizer, batch).to(device))
-            table.append(names, states.half().cpu().numpy())
-            bar.update(len(batch))
-    warn_about_long(tokenizer, [text for _, text in missing])
-
-
-@torch.no_grad()
 def write_moments(table: Rows, dataset, keys: list[str], vae, num_workers=0) -> None:
     """Add mean and log-variance (2c, h, w) of every item that the table lacks."""
     device, known = next(vae.parameters()).device, table.numbers()
@@ -2060,52 +2216,6 @@ def find_rows(moments: Rows, texts: Rows, items: list[tuple[str, str]]) -> np.nd
     places = np.searchsorted(good, np.arange(len(items))) % len(good)
     stand_ins = (items[good[place]] for place in places)
     return np.array([(row[key], number[short_name(text)]) for key, text in stand_ins])
-
-
-class Encoded(Dataset):
-    """A dataset after its frozen parts: latents' moments and text states, in files.
-
-    `moments` (rows, 2c, h, w) and `texts` (m, tokens, d), both float16, are mapped
-    from `folder`, which several trainings may share; `rows` and `which` are the rows of
-    each item, `captions` what it says. Text 0 is "". What is missing is computed first
-    (`fill_cache`); pictures that cannot be read are left out, with a warning. Indexed
-    with a list, it gives `(moments, text states)` of the whole batch at once. `sample`
-    (m, tokens, d) are the states of `some_captions` (or of the first 1000 items').
-    """
-
-    def __init__(
-        self, dataset, vae, text_encoder, tokenizer, folder, num_workers=0,
-        some_captions=(),
-    ):  # fmt: skip
-        *self.tables, items = fill_cache(
-            Path(folder), dataset, vae, text_encoder, tokenizer, num_workers,
-            some_captions,
-        )  # fmt: skip
-        self.rows, self.which = find_rows(*self.tables, items).T
-        self.moments, self.texts = (table.open() for table in self.tables)
-        some = list(some_captions) or [text for _, text in items[:1000]]
-        number = self.tables[1].numbers()
-        said = {number[short_name(text)]: text for _, text in items}
-        self.captions = [said[which] for which in self.which]
-        self.sample = self.texts[[number[short_name(text)] for text in some]]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        moments = torch.from_numpy(self.moments[self.rows[indices]])
-        return moments, torch.from_numpy(self.texts[self.which[indices]])
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        moments, states = self.__getitems__([index])
-        return moments[0], states[0]
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "moments": None, "texts": None}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__ = state
-        self.moments, self.texts = (table.open() for table in self.tables)
 
 
 def encode_dataset(
@@ -2230,6 +2340,21 @@ class TrainingConfig(RunConfig, NoiseSettings, UNetShape):
         check_shape(self)
 
 
+def make_noise_schedule(config) -> DDIMScheduler:
+    """The noise schedule, with Stable Diffusion's betas, as a sampler to save."""
+    return DDIMScheduler(
+        num_train_timesteps=config.diffusion_steps,
+        beta_schedule=config.beta_schedule,
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type=config.prediction_type,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
 def check_noise(config) -> None:
     """Raise ValueError for settings of the noise that cannot be meant."""
     make_noise_schedule(config)  # refuses unknown schedules and prediction types
@@ -2275,21 +2400,6 @@ def check_shape(config) -> None:
     for name in ("norm_num_groups", "num_heads"):
         if name in sizes:
             check_multiple("unet_channels", widths, name, sizes[name])
-
-
-def make_noise_schedule(config) -> DDIMScheduler:
-    """The noise schedule, with Stable Diffusion's betas, as a sampler to save."""
-    return DDIMScheduler(
-        num_train_timesteps=config.diffusion_steps,
-        beta_schedule=config.beta_schedule,
-        beta_start=0.00085,
-        beta_end=0.012,
-        prediction_type=config.prediction_type,
-        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
 
 
 FROZEN = {
@@ -2390,34 +2500,6 @@ def find_sizes(config: TrainingConfig) -> UNetConfig:
     return replace(unet, sample_size=config.image_size // vae.downscale)
 
 
-def whitening(
-    states: Float[Tensor, "m n d"], floor: float = 0.01
-) -> Float[Tensor, "d d"]:
-    """S^(-1/2), with S the second moments of the states' vectors.
-
-    `floor`, as a share of the mean, is added to the strength of every direction.
-    """
-    x = states.flatten(0, 1).float()
-    strengths, directions = torch.linalg.eigh(x.T @ x / len(x))
-    strengths = strengths + floor * strengths.mean()
-    return directions / strengths.sqrt() @ directions.T
-
-
-@torch.no_grad()
-def start_white(unet: UNet, states: Float[Tensor, "m n d"]) -> UNet:
-    """Let the maps that read the text start as if its states were white.
-
-    `states` are those of many captions. `to_k` and `to_v` of each cross-attention
-    are multiplied by their `whitening`.
-    """
-    whiten = whitening(states)
-    for block in unet.modules():
-        if isinstance(block, TransformerBlock):
-            for read in (block.attn2.to_k, block.attn2.to_v):
-                read.weight.copy_(read.weight @ whiten.to(read.weight))
-    return unet
-
-
 def new_unet(config: TrainingConfig, sizes: UNetConfig, states: Tensor) -> UNet:
     """A UNet that starts from zero, or from the one in `pretrained`.
 
@@ -2468,42 +2550,6 @@ def hold_out(config: TrainingConfig, dataset: Dataset) -> tuple[list[int], Datas
     return sorted(order[count:]), Subset(dataset, order[:count])
 
 
-class Validation:
-    """The UNet's error on held-out pictures, with the same noise each time.
-
-    Called with a UNet, it gives numbers for the log: the mean, and that of each band
-    of timesteps, a quarter of them by default.
-    """
-
-    def __init__(self, loss, held: Dataset, vae, text_encoder, tokenizer, bands=4):
-        self.loss, self.device = loss, next(vae.parameters()).device
-        last = loss.scheduler.num_train_timesteps
-        self.edges = [last * band // bands for band in range(bands + 1)]
-        self.batches = []
-        for start in range(0, len(held), 8):
-            items = (held[i] for i in range(start, min(start + 8, len(held))))
-            pixels, captions = zip(*items, strict=True)
-            with torch.no_grad():
-                x0 = vae.encode(torch.stack(pixels).to(self.device)).mean * loss.scale
-                ids = caption_ids(tokenizer, list(captions)).to(self.device)
-                context = text_encoder(ids)
-            self.batches.append((x0, context))
-
-    @torch.no_grad()
-    def __call__(self, unet) -> dict[str, float]:
-        means = {}
-        for low, high in zip(self.edges, self.edges[1:]):
-            generator = step_generator(0, low, device=self.device)
-            errors = []
-            for x0, context in self.batches:
-                place = (torch.arange(len(x0), device=self.device) + 0.5) / len(x0)
-                t = (low + place * (high - low)).long()
-                noise = torch.randn(x0.shape, generator=generator, device=self.device)
-                errors.append(self.loss.errors(unet, x0, noise, t, context))
-            means[f"val_error_{low}_{high - 1}"] = torch.cat(errors).mean().item()
-        return {"val_error": sum(means.values()) / len(means), **means}
-
-
 def sheet_of(config: TrainingConfig, dataset, vae, text_encoder, tokenizer, scheduler):
     """A function that draws the sample prompts with a UNet, always from one noise."""
     pictures = islice(iter(dataset), min(4, len(dataset)))
@@ -2526,44 +2572,3 @@ def unet_memory(config: TrainingConfig, unet: UNet) -> dict:
         latents = torch.empty(b, unet.config.in_channels, side, side)
         context = torch.empty(b, 77, unet.config.cross_attention_dim)
         return memory_needed(config, unet, latents, torch.zeros(b), context)
-
-
-def train(config: TrainingConfig) -> StableDiffusion | None:
-    """Train a UNet on a frozen VAE and text model, and save the whole pipeline.
-
-    Says the plan first; with `dry_run` that is all. The pictures and captions go
-    through the frozen parts once, before the loop. Writes the model to `output_dir`,
-    which diffusers and `StableDiffusion.from_pretrained` open.
-    """
-    accelerator = make_accelerator(config)
-    sizes = find_sizes(config)
-    check_schedule(config)
-    empty_unet = build_empty(UNet, sizes)
-    check_fits(find_checkpoint(config), empty_unet)
-    dataset = open_dataset(config)
-    shown, held = hold_out(config, dataset)
-    memory = unet_memory(config, empty_unet)
-    say_plan(config, dataset, empty_unet, memory, shown=len(shown), held=len(held))
-    if config.dry_run:
-        return None
-
-    frozen = vae, text_encoder, tokenizer = open_frozen(config)
-    encoded = encode_dataset(config, dataset, accelerator, *frozen)
-    torch.manual_seed(config.seed)  # here: filling the cache may have drawn numbers
-    unet = new_unet(config, sizes, torch.tensor(encoded.sample))
-    scheduler = make_noise_schedule(config)
-    empty = torch.tensor(encoded.texts[0]).float().to(accelerator.device)
-    loss = DiffusionLoss(
-        scheduler, vae.config.scaling_factor, empty, config.caption_dropout,
-        config.snr_gamma, config.snr_power, config.offset_noise,
-        config.noisy_share,
-    )  # fmt: skip
-    unet = optimise(
-        config, unet, Subset(encoded, shown), loss, collate=as_it_is,
-        validate=Validation(loss, held, *frozen) if len(held) else None,
-        sample=sheet_of(config, held if len(held) else dataset, *frozen, scheduler),
-    )  # fmt: skip
-    pipe = StableDiffusion(*frozen, unet.eval(), scheduler)
-    if is_main_process():
-        pipe.save_pretrained(config.output_dir)
-    return pipe

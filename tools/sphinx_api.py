@@ -118,8 +118,10 @@ def arguments(node):
 def one(argument, default=None):
     """`x: Float[Tensor, "b c"] = 0`"""
     text = argument.arg
-    if argument.annotation:
-        text += f": {written(argument.annotation)}"
+    kind = argument.annotation
+    if kind:  # one that is defined later in the module stands in quotes there
+        quoted = isinstance(kind, ast.Constant) and isinstance(kind.value, str)
+        text += f": {kind.value if quoted else written(kind)}"
     if default is not None:
         text += (" = " if argument.annotation else "=") + written(default)
     return text

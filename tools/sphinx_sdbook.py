@@ -2,7 +2,8 @@
 
 - A cell that starts with `#| export` gets a quiet label, "saved to
   sdbook/attention.py", and the directive itself is not shown. The label links to
-  the reference (sphinx_api.py).
+  the reference (sphinx_api.py). Where the cell is folded, its button names what is in
+  it, since the label is inside.
 - A cell with `#| default_exp` is not shown at all, nor are nbval's markers.
 - Exercises and figures are numbered by chapter: Exercise 5.2.
 
@@ -13,7 +14,7 @@ around its text, sphinx_map.py the map on the front page.
 import re
 
 from docutils import nodes
-from sphinx_api import label
+from sphinx_api import defined_in, label
 
 DIRECTIVE = re.compile(r"^#\|\s*(?P<name>export|default_exp)\b[ \t]*(?P<module>\S*)")
 NBVAL_MARKER = re.compile(r"^\s*#\s*(NBVAL_\w+|PYTEST_VALIDATE_\w+)\s*$")
@@ -47,6 +48,14 @@ def tidy_cells(app, doctree):
         if directive:
             name = directive["module"] or default_module
             source.insert(0, label(app, name, "\n".join(lines)))
+            if "prompt_show" in cell:
+                cell["prompt_show"] += contents(name, "\n".join(lines))
+
+
+def contents(module, code):
+    """What a folded cell has inside: `: Log, Meter (in sdbook/training.py)`."""
+    things = ", ".join(defined_in(code, module)) or "imports"
+    return f": {things} (in sdbook/{module}.py)"
 
 
 def _is(node, element):
