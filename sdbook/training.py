@@ -1640,8 +1640,8 @@ def describe_plan(
         "steps": f"{config.max_steps:,} of {pictures:,} pictures ({epochs:.1f} epochs)",
         "batch": f"{config.batch_size} at once × {config.gradient_accumulation_steps} "
         f"added up × {world} processes = {pictures}",
-        "memory": f"about {readable(sum(memory.values()))} for each process: "
-        f"{readable(memory['weights'])} for weights, gradients, optimiser and average, "
+        "memory": f"about {readable(sum(memory.values()))} a process: "
+        f"{readable(memory['weights'])} for the weights and what moves them, "
         f"{readable(memory['batch'])} for a batch",
         "output": f"{config.output_dir}: checkpoints/ (one in "
         f"{config.checkpoint_every:,} steps, {config.keep_checkpoints} kept), "
