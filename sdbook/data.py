@@ -499,13 +499,9 @@ class Scenes(Dataset):
     """
 
     def __init__(
-        self,
-        size: int = 64,
-        split: str = "train",
-        seed: int = 0,
-        length: int = 20_000,
-        kinds: Iterable[str] = tuple(KINDS),
-    ):
+        self, size: int = 64, split: str = "train", seed: int = 0,
+        length: int = 20_000, kinds: Iterable[str] = tuple(KINDS),
+    ):  # fmt: skip
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
         if size % 64 or size <= 0:
@@ -929,6 +925,12 @@ def _shard_files(pattern: str | Path) -> list[str]:
     return shards
 
 
+def _my_share(shards: list[str]) -> list[str]:
+    """Those of the shards that this worker reads; all of them without workers."""
+    worker = get_worker_info()
+    return shards[worker.id :: worker.num_workers] if worker else shards
+
+
 def _complete_samples(
     shards: list[str], on_error: str, shuffle: random.Random | None
 ) -> Iterator[tuple[str, bytes, str]]:
@@ -951,11 +953,9 @@ def _complete_samples(
 class CaptionedShards(IterableDataset):
     """Pictures with captions, streamed from the .tar files of a WebDataset.
 
-    `shards` names the files, as in "pets/{0000..0099}.tar"; in each, a picture and a
-    .txt share a name. Items are `(pixels, caption)`, as of `CaptionedImages`: a pass
-    gives every look once, in order, and a DataLoader's workers share the shards. For
-    training see `ShardSteps`. Raises `FileNotFoundError` for shards that are missing,
-    `ValueError` for a torn one; what else cannot be used is reported and left out.
+    `shards` names the files, as in "pets/{0000..0099}.tar". Items are as of
+    `CaptionedImages`, every look once, in order. What cannot be used is reported.
+    See also `ShardSteps`. Raises `FileNotFoundError`, or `ValueError` for a torn shard.
     """
 
     def __init__(
@@ -989,10 +989,8 @@ class CaptionedShards(IterableDataset):
             _report(str(error), self.on_error)
 
     def __iter__(self) -> Iterator[tuple[Float[Tensor, "3 h w"], str]]:
-        worker = get_worker_info()
-        mine = self.shards[worker.id :: worker.num_workers] if worker else self.shards
         for look in range(self.cut.looks):
-            for name, data, caption in self.samples(mine):
+            for name, data, caption in self.samples(_my_share(self.shards)):
                 pixels = self.read(name, data, look)
                 if pixels is not None:
                     yield pixels, caption

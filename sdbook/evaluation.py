@@ -418,7 +418,7 @@ def save_report(
     for name, wanted in (("right", True), ("wrong", False)):
         chosen = [row for row in by_turns if row["right"] is wanted][:24]
         if chosen:
-            labels = [f"{row['prompt']} → {row['seen']}" for row in chosen]
+            labels = [f"{row['prompt']}; seen: {row['seen']}" for row in chosen]
             sheet = labelled_grid([row["image"] for row in chosen], labels, 6)
             sheet.save(folder / f"{name}.png")
 

@@ -38,6 +38,7 @@ from sdbook.data import (
     read_caption,
 )
 from sdbook.evaluation import (
+    Inception,
     Judge,
     OurCLIP,
     TheirCLIP,
@@ -682,6 +683,18 @@ def test_inception_from_a_file(inception):
     plain = network(pixels).double()
     off = (ours - plain).norm() / plain.norm()
     assert off < 0.02 if classes == 1000 else off > 0.02  # the other pooling
+
+
+def test_inception_makes_pictures_smaller_as_pillow_does():
+    """Without anti-aliasing, a large picture would be another picture (and FID)."""
+    large = draw(some_scenes(1)[0].things, "sky", 64 * 16)
+    pixels = torch.from_numpy(large).permute(2, 0, 1)[None] / 127.5 - 1
+    ours = Inception(nn.Flatten())(pixels).view(3, 299, 299)
+    small = Image.fromarray(large).resize((299, 299), Image.Resampling.BICUBIC)
+    theirs = torch.from_numpy(np.array(small)).permute(2, 0, 1) / 127.5 - 1
+    assert (ours - theirs).abs().max() < 0.03
+    jagged = F.interpolate(pixels, (299, 299), mode="bicubic")[0]
+    assert (jagged - theirs).abs().max() > 0.3
 
 
 def test_the_pooling_of_2015_does_not_see_the_rim():
