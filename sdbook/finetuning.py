@@ -141,14 +141,10 @@ class HookedPairs(nn.Module):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        rank: int = 4,
-        alpha: int | float | None = None,
-        layers: str = "attention",
-        scale: int | float = 1.0,
+        self, model: nn.Module, rank: int = 4, alpha: int | float | None = None,
+        layers: str = "attention", scale: int | float = 1.0,
         pairs: dict[str, LowRank] | None = None,
-    ):
+    ):  # fmt: skip
         super().__init__()
         if rank < 1:
             raise ValueError(f"rank is {rank}; give at least 1")
