@@ -31,7 +31,7 @@ sample: .venv/.installed
 
 test: .venv/.installed
 	$(BIN)/ruff check
-	$(BIN)/python tools/export.py --check
+	$(BIN)/python tools/book/export.py --check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile \
 	    --nbval-lax --nbval-current-env --nbval-cell-timeout=300 chapters
@@ -43,19 +43,19 @@ book: .venv/.installed
 	@echo "the book is in _build/html/index.html"
 
 export: .venv/.installed
-	$(BIN)/python tools/export.py
-	$(BIN)/python tools/colab.py
+	$(BIN)/python tools/book/export.py
+	$(BIN)/python tools/book/colab.py
 
 execute: .venv/.installed
-	$(BIN)/python tools/execute.py $(CHAPTERS)
+	$(BIN)/python tools/book/execute.py $(CHAPTERS)
 
 lint: .venv/.installed
 	$(BIN)/ruff check
-	$(BIN)/python tools/export.py --check
-	$(BIN)/python tools/colab.py --check
+	$(BIN)/python tools/book/export.py --check
+	$(BIN)/python tools/book/colab.py --check
 
 bench: .venv/.installed
-	$(BIN)/python tools/bench.py
+	$(BIN)/python tools/benchmarks/bench.py
 
 .venv/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \

@@ -14,7 +14,7 @@ from sdbook.vae import AutoencoderKL, VAEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["a red star above a blue house", "two green fish", "a boat and a moon"] * 4
-# What `tools/execute.py --measure` writes onto a card.
+# What `tools/book/execute.py --measure` writes onto a card.
 MEASURED = (
     r"<!-- measured -->about (?P<time>[\d.]+) (s|min) and (?P<gigabytes>[\d.]+) GB of "
     r"memory<!-- end -->"
@@ -23,7 +23,7 @@ MEASURED = (
 
 def load_tool(name):
     """A script of tools/ as a module."""
-    path = ROOT / "tools" / f"{name}.py"
+    (path,) = ROOT.glob(f"tools/*/{name}.py")
     spec = importlib.util.spec_from_file_location(name, path)
     tool = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)

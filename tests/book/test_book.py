@@ -1,0 +1,525 @@
+"""The pages of the book: built without a warning, and looked at in a real browser.
+
+The book is built afresh into a temporary folder, served from this machine, and
+opened in Chromium, which playwright drives.
+"""
+
+import functools
+import html.parser
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from urllib.parse import unquote, urljoin, urlsplit
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+CHAPTERS = sorted((ROOT / "chapters").glob("[0-9][0-9]_*.ipynb"))
+BROWSERS = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+)
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory):
+    """A fresh build: (the finished process, the folder of pages)."""
+    pytest.importorskip("jupyter_book", reason="pip install -r requirements.txt")
+    out = tmp_path_factory.mktemp("book")
+    start = "from jupyter_book.cli.main import main; main()"
+    command = [sys.executable, "-c", start, "build", ".", "-W", "-n"]
+    command += ["--keep-going", "--path-output", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done, out / "_build" / "html"
+
+
+@pytest.fixture(scope="session")
+def site(build):
+    """The folder of pages, for tests that need a book."""
+    done, folder = build
+    if not (folder / "index.html").exists():
+        pytest.fail(f"the book was not built:\n{done.stdout[-3000:]}{done.stderr}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def address(site):
+    """The same pages behind a web server of our own."""
+
+    class Silent(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Silent, directory=site)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        pytest.fail("the pages were not tested: pip install playwright")
+    wanted = [os.environ.get("CHROMIUM", ""), *BROWSERS]
+    found = next(filter(None, (shutil.which(name) for name in wanted if name)), None)
+    with sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+        found = found or (own if Path(own).exists() else None)
+        if found is None:
+            pytest.fail(
+                "the pages were not tested, for there is no browser: install chromium "
+                "or Google Chrome, run `.venv/bin/playwright install chromium`, or "
+                "name one in the variable CHROMIUM"
+            )
+        chromium = playwright.chromium.launch(executable_path=found, args=QUIET)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="session")
+def open_page(browser, address):
+    """Open a page of the book and wait until nothing more is loaded."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(180_000)  # a page takes long on a busy machine
+
+    def open_page(path):
+        page = context.new_page()
+        page.asked = []
+        page.on("request", lambda request: page.asked.append(request.url))
+        page.on("response", lambda r: r.ok or page.asked.append(f"missing: {r.url}"))
+        page.goto(urljoin(address, path), wait_until="networkidle")
+        return page
+
+    yield open_page
+    context.close()
+
+
+FACTS = """() => {
+  const all = (css) => [...document.querySelectorAll(css)];
+  return {
+    number: all('p.chapter-number').map(e => e.innerText),
+    exercises: all('div.exercise > .admonition-title').map(e => e.innerText),
+    pictures: [...document.images].map(i => [i.alt.trim(), i.naturalWidth,
+      i.src.slice(0, 60)]),
+    formulas: all('mjx-container').length,
+    broken: all('mjx-merror').map(e => e.textContent),
+  }}"""
+IN_THE_DARK = """() => [...document.querySelectorAll('figure.sdbook img')].map(i => {
+  const own = getComputedStyle(i);
+  const card = getComputedStyle(i.closest('.output') || i.parentElement);
+  return [own.filter, own.backgroundColor, card.backgroundColor]})"""
+
+INK = """() => [...new Set([...document.querySelectorAll(
+  '.bd-article :is(p, li, td, th, dt, dd, figcaption, strong, em)')].map(
+  e => getComputedStyle(e).color))]"""
+
+# Formulas have an ink of their own, and code is coloured alike everywhere: both have
+# tens of thousands of parts, and are left out, but for the code of one chapter.
+AXE = """async (options) => (await axe.run(
+  {include: [['body']], exclude: [['mjx-container'], ...options.leave]},
+  {resultTypes: ['violations'], ...options.rules})).violations.filter(
+  v => ['serious', 'critical'].includes(v.impact)).map(
+  v => [v.id, v.nodes.length, v.nodes[0].target.join(' ')])"""
+# What the eye is told must not be cut off: formulas that do not fit can be scrolled to.
+CUT_OFF = """() => [...document.querySelectorAll('mjx-container, div.math')].filter(
+  e => e.scrollWidth > e.clientWidth && e.tabIndex != 0 &&
+       getComputedStyle(e).overflowX == 'auto').length"""
+
+
+@pytest.fixture(scope="session")
+def facts(site, open_page):
+    """One visit to every page: {page: what a browser sees there}."""
+    axe = (ROOT / "tests" / "book" / "axe" / "axe.min.js").read_text(encoding="utf-8")
+    seen = {}
+    for path in pages(site):
+        page = open_page(path)
+        if 'class="math' in (site / path).read_text(encoding="utf-8"):
+            page.wait_for_selector("mjx-container", state="attached")
+        seen[path] = page.evaluate(FACTS)
+        page.evaluate(axe)
+        leave = [] if path == "chapters/02_resblocks.html" else [["div.highlight"]]
+        options = {"leave": leave, "rules": {}}
+        seen[path]["faults"] = page.evaluate(AXE, options)
+        page.emulate_media(color_scheme="dark")
+        page.wait_for_function("document.documentElement.dataset.theme == 'dark'")
+        seen[path]["dark"] = page.evaluate(IN_THE_DARK)
+        page.wait_for_timeout(300)  # colours fade over
+        seen[path]["ink"] = page.evaluate(INK)
+        options["rules"] = {"runOnly": ["color-contrast"]}
+        seen[path]["faults"] += page.evaluate(AXE, options)
+        page.set_viewport_size({"width": 390, "height": 844})
+        width = "document.documentElement.scrollWidth"
+        seen[path]["width on a phone"] = page.evaluate(width)
+        seen[path]["cut off"] = page.evaluate(CUT_OFF)
+        page.mouse.wheel(0, 100_000)
+        page.wait_for_timeout(200)
+        seen[path]["asked"] = page.asked
+        page.close()
+    return seen
+
+
+def pages(site):
+    """All pages, as addresses relative to the front page."""
+    hidden = {"_static", "_sources", "_sphinx_design_static"}
+    found = (path.relative_to(site) for path in site.rglob("*.html"))
+    return sorted(p.as_posix() for p in found if p.parts[0] not in hidden)
+
+
+def chapter_page(path):
+    return f"chapters/{path.stem}.html"
+
+
+def code_cells(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+
+
+# Without a browser ------------------------------------------------------------
+
+
+def test_the_book_builds_without_a_warning(build):
+    done, _ = build
+    said = done.stdout + done.stderr
+    warnings = [line for line in said.splitlines() if "WARNING" in line]
+    assert not warnings, "\n".join(warnings)
+    assert done.returncode == 0, said[-3000:]
+
+
+def test_every_chapter_and_every_page_is_in_the_table_of_contents(site):
+    toc = (ROOT / "_toc.yml").read_text(encoding="utf-8")
+    listed = set(re.findall(r"file: (\S+)", toc))
+    found = (ROOT / "pages").rglob("*.md")
+    pages_ = {path.relative_to(ROOT).with_suffix("").as_posix() for path in found}
+    assert listed == {f"chapters/{path.stem}" for path in CHAPTERS} | pages_
+    assert all((site / f"{name}.html").exists() for name in listed)
+
+
+class Links(html.parser.HTMLParser):
+    """The links of a page, the places that one can link to, what it loads."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.ids, self.loads, self.meta = [], set(), [], {}
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.ids |= {attributes.get("id"), attributes.get("name")}
+        if tag == "a" and attributes.get("href"):
+            self.links.append(attributes["href"])
+        elif tag == "link" and attributes.get("rel") not in ("canonical",):
+            self.loads.append(attributes.get("href", ""))
+        elif tag == "meta" and "content" in attributes:
+            name = attributes.get("name") or attributes.get("property")
+            self.meta[name] = attributes["content"]
+        elif attributes.get("src"):
+            self.loads.append(attributes["src"])
+
+
+def test_links_and_anchors_lead_somewhere(site):
+    parsed = {
+        page: Links((site / page).read_text(encoding="utf-8")) for page in pages(site)
+    }
+    dead = []
+    for page, found in parsed.items():
+        for link in found.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = urlsplit(urljoin(f"http://book/{page}", link)).path.lstrip("/")
+            target = unquote(target) or "index.html"
+            if not (site / target).exists():
+                dead.append(f"{page}: {link} (no such file)")
+            elif parts.fragment and target in parsed:
+                if unquote(parts.fragment) not in parsed[target].ids:
+                    dead.append(f"{page}: {link} (no such anchor)")
+    assert not dead, "\n".join(dead)
+
+
+def test_nothing_on_a_page_comes_from_another_host(site):
+    for page in pages(site):
+        for source in Links((site / page).read_text(encoding="utf-8")).loads:
+            assert not re.match(r"(https?:)?//", source), f"{page} loads {source}"
+
+
+def test_pages_say_what_they_are_about(site):
+    titles, descriptions = {}, {}
+    for page in pages(site):
+        text = (site / page).read_text(encoding="utf-8")
+        meta = Links(text).meta
+        titles[page] = re.search(r"<title>(.*?)</title>", text, re.DOTALL)[1].strip()
+        descriptions[page] = meta["description"]
+        assert 20 < len(meta["description"]) <= 200, page
+        assert meta["og:title"] and meta["og:title"] in titles[page].replace(
+            "&#39;", "'"
+        )
+        url = urlsplit(meta["og:image"])
+        assert url.scheme == "https" and url.netloc, page
+        picture = site / url.path.split("/", 2)[2]
+        assert Image.open(picture).size == (1200, 630), page
+        assert meta["og:url"].endswith(page) and meta["og:image:alt"], page
+    assert len(set(titles.values())) == len(titles)
+    chapters = [descriptions[chapter_page(path)] for path in CHAPTERS]
+    assert len(set(chapters)) == len(chapters)
+    assert titles["index.html"].count("Stable Diffusion") == 1
+
+
+def test_pages_are_light(site):
+    """What one page brings with it, beside what all pages share."""
+    for page in pages(site):
+        text = (site / page).read_text(encoding="utf-8")
+        own = {urljoin(page, load) for load in Links(text).loads if "_images" in load}
+        size = len(text.encode()) + sum((site / load).stat().st_size for load in own)
+        limit = 5e6 if 'type="range"' in text else 1.5e6
+        assert size <= limit, f"{page}: {size / 1e6:.1f} MB"
+
+
+def test_the_map_leads_to_every_chapter(site):
+    text = (site / "index.html").read_text(encoding="utf-8")
+    for map_ in re.findall(r'<svg class="parts-map.*?</svg>', text, re.DOTALL):
+        links = Links(map_).links
+        assert sorted(links) == [chapter_page(path) for path in CHAPTERS]
+    assert text.count('<svg class="parts-map') == 2
+
+
+def test_chapters_open_in_colab_with_one_click(site):
+    config = (ROOT / "_config.yml").read_text(encoding="utf-8")
+    name = re.search(r"url: https://github\.com/(\S+)", config)[1]
+    for path in CHAPTERS:
+        text = (site / chapter_page(path)).read_text(encoding="utf-8")
+        found = {x for x in Links(text).links if "colab.research" in x}
+        assert found == {
+            f"https://colab.research.google.com/github/{name}/blob/main/chapters/{path.name}"
+        }
+        assert "the-book" not in text, "Colab's cell is not for the page"
+
+
+def test_the_reference_explains_every_name_and_leads_to_its_cell_and_back(site):
+    for path in sorted((ROOT / "pages" / "api").glob("*.md")):
+        module = path.stem
+        source = (ROOT / "sdbook" / f"{module}.py").read_text(encoding="utf-8")
+        names = re.search(r"__all__ = (\[.*?\])", source, re.DOTALL)[1]
+        text = (site / f"pages/api/{module}.html").read_text(encoding="utf-8")
+        for name in re.findall(r'"(\w+)"', names):
+            entry = re.search(
+                rf'<section class="api" id="sdbook\.{module}\.{name}">.*?</section>',
+                text,
+                re.DOTALL,
+            )
+            there = re.search(r'class="built-in">.*?href="([^"#]+)#([^"]+)"', entry[0])
+            chapter = urljoin(f"pages/api/{module}.html", there[1])
+            cell = (site / chapter).read_text(encoding="utf-8")
+            assert f'id="{there[2]}"' in cell, name
+        for chapter in set(re.findall(r'href="\.\./\.\./(chapters/[^"#]+)#', text)):
+            back = (site / chapter).read_text(encoding="utf-8")
+            assert f'href="../pages/api/{module}.html#sdbook.{module}.' in back
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_export_directives_become_labels(path, site):
+    page = (site / chapter_page(path)).read_text(encoding="utf-8")
+    text = re.sub(r"<[^>]+>", "", page)
+    default = None
+    for source in code_cells(path):
+        match = re.match(r"#\| (default_exp|export) ?(\S*)", source)
+        if match and match[1] == "default_exp":
+            default = match[2]
+        elif match:
+            label = f"saved to sdbook/{match[2] or default}.py"
+            assert label in text
+            text = text.replace(label, "", 1)
+    assert "saved to sdbook/" not in text
+    for code in re.findall(r"<pre>.*?</pre>", page, flags=re.DOTALL):
+        code = re.sub(r"<[^>]+>", "", code)
+        assert not re.search(r"^#\| |^# NBVAL_", code, re.MULTILINE), code
+
+
+def test_references_are_complete_and_unique():
+    text = (ROOT / "references.bib").read_text(encoding="utf-8")
+    entries = re.findall(r"@(\w+)\{([^,]+),(.*?)\n\}", text, flags=re.DOTALL)
+    keys = [key for _, key, _ in entries]
+    assert len(keys) == len(set(keys)) == text.count("@")
+    for kind, key, fields in entries:
+        where = "journal" if kind == "article" else "booktitle"
+        for name in ("title", "author", "year", where, "(url|doi)"):
+            if kind in ("misc", "software", "online") and name == where:
+                continue
+            assert re.search(rf"^\s*{name}\s*=", fields, re.M), f"{key} has no {name}"
+
+
+# In a browser -----------------------------------------------------------------
+
+
+def test_pages_ask_no_other_host_and_miss_nothing(facts, address):
+    for path, seen in facts.items():
+        asked = {url for url in seen["asked"] if not url.startswith("data:")}
+        elsewhere = {url for url in asked if not url.startswith(address)}
+        assert not elsewhere, f"{path}: {elsewhere}"
+
+
+def test_every_picture_is_there_and_described(facts):
+    for path, seen in facts.items():
+        for alt, width, source in seen["pictures"]:
+            assert alt and width, f"{path}: alt={alt!r}, {width} pixels: {source}"
+
+
+def test_formulas_are_drawn(facts):
+    assert facts["pages/notation.html"]["formulas"] > 10
+    for path, seen in facts.items():
+        assert not seen["broken"], f"{path}: {seen['broken']}"
+
+
+def test_a_dark_page_leaves_pictures_as_they_are(facts):
+    clear = "rgba(0, 0, 0, 0)"
+    for path, seen in facts.items():
+        for look in seen["dark"]:
+            assert look == ["none", clear, clear], path
+
+
+def test_text_on_a_dark_page_is_light(facts):
+    assert all(facts[chapter_page(path)]["ink"] for path in CHAPTERS)
+    for path, seen in facts.items():
+        for ink in seen["ink"]:
+            red, green, blue = map(float, re.findall(r"[\d.]+", ink)[:3])
+            assert 0.3 * red + 0.59 * green + 0.11 * blue > 110, f"{path}: {ink}"
+
+
+def test_axe_finds_no_serious_fault(facts):
+    """Light and dark; see tests/book/axe/README.md."""
+    faults = {path: seen["faults"] for path, seen in facts.items() if seen["faults"]}
+    assert not faults, json.dumps(faults, indent=1)[:3000]
+
+
+def test_wide_formulas_can_be_scrolled_with_the_keyboard(facts):
+    assert not {path: n for path, s in facts.items() if (n := s["cut off"])}
+
+
+def test_the_words_of_the_map_stay_in_their_boxes(open_page):
+    page = open_page("index.html")
+    outside = """() => [...document.querySelectorAll('svg.parts-map a')].flatMap(a => {
+      const box = a.querySelector('rect').getBoundingClientRect();
+      return [...a.querySelectorAll('text')].filter(t => {
+        const r = t.getBoundingClientRect();
+        return r.width && (r.right > box.right - 1 || r.bottom > box.bottom ||
+                           r.left < box.left || r.top < box.top)
+      }).map(t => t.textContent)})"""
+    shown = "svg.parts-map:visible"
+    for width, kind in ((1280, "wide"), (390, "narrow")):
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.locator(shown).count() == 1
+        assert kind in page.locator(shown).get_attribute("class")
+        assert page.evaluate(outside) == []
+
+
+def test_the_keyboard_is_enough(open_page):
+    page = open_page("chapters/00_the_whole_picture.html")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to main content"
+    page.keyboard.press("Enter")
+    assert page.evaluate("location.hash") == "#main-content"
+    page.keyboard.press("Control+k")
+    field = page.locator("#pst-search-dialog input")
+    field.wait_for(state="visible")
+    field.fill("attention")
+    field.press("Enter")
+    page.wait_for_selector("ul.search li a")
+    assert "Attention" in page.locator("ul.search").inner_text()
+
+
+def test_a_printed_page_has_the_text_and_no_menus(open_page):
+    page = open_page("chapters/02_resblocks.html")
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 700, "height": 990})  # A4, less its margins
+    for menu in (".bd-sidebar-primary", ".bd-header-article", "p.open-in"):
+        assert not page.locator(menu).first.is_visible(), menu
+    titles = page.locator("h1:visible").all_inner_texts()
+    assert [title for title in titles if "Residual blocks" in title]
+    cut = """() => [...document.querySelectorAll('article pre')].filter(
+      e => e.offsetParent && e.scrollWidth > e.clientWidth + 1).length"""
+    assert page.evaluate(cut) == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= 700
+
+
+def test_pages_work_as_files(browser, site):
+    page = browser.new_page()
+    page.set_default_timeout(180_000)
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("requestfailed", lambda request: asked.append(f"failed: {request.url}"))
+    page.goto((site / "pages" / "notation.html").as_uri())
+    page.wait_for_selector("mjx-container")
+    assert not [url for url in asked if url.startswith("failed:")]
+    # The search cannot look into files for an excerpt, but it finds the titles.
+    page.goto((site / "search.html").as_uri() + "?q=palette")
+    page.wait_for_selector("ul.search li:has-text('The whole picture')")
+    page.close()
+    allowed = ("file:", "data:", "failed: file:")
+    assert not [url for url in asked if not url.startswith(allowed)]
+
+
+def test_pages_fit_a_phone(facts):
+    widths = {path: seen["width on a phone"] for path, seen in facts.items()}
+    assert {path: width for path, width in widths.items() if width > 390} == {}
+
+
+def test_chapters_and_exercises_carry_their_numbers(facts):
+    for path in CHAPTERS:
+        number, seen = int(path.stem[:2]), facts[chapter_page(path)]
+        assert seen["number"] == [f"Chapter {number}"], path.stem
+        for position, title in enumerate(seen["exercises"], start=1):
+            assert title.startswith(f"Exercise {number}.{position}"), path.stem
+
+
+def test_sliders_move_by_themselves_with_the_keyboard(open_page):
+    page = open_page("chapters/00_the_whole_picture.html")
+    for details in page.locator("details").all():
+        details.evaluate("d => d.open = true")
+    figures = page.locator("figure.sdbook:has(input[type=range])")
+    assert figures.count() >= 2
+    states = """() => [...document.querySelectorAll('figure.sdbook:has(input)')]
+        .map(f => [f.querySelector('output').value,
+                   f.querySelector('input').getAttribute('aria-valuetext'),
+                   [...f.querySelectorAll('img')].filter(
+                     i => getComputedStyle(i).display != 'none').map(i => i.alt)])"""
+    before = page.evaluate(states)
+    assert all(len(shown) == 1 for _, _, shown in before)
+    handle = figures.first.locator("input")
+    handle.focus()
+    handle.press("ArrowLeft")
+    after = page.evaluate(states)
+    label, spoken, shown = after[0]
+    assert label == spoken != before[0][0]
+    assert len(shown) == 1 and shown[0].endswith(f"{label})")
+    assert after[1:] == before[1:], "one slider moved another"
+    handle.press("Home")
+    assert page.evaluate(states)[0][0] != label
+
+
+def test_search_finds_a_chapter_and_there_is_one_search_bar(open_page):
+    page = open_page("search.html?q=palette")
+    page.wait_for_selector("ul.search li:has-text('The whole picture')")
+    page = open_page("chapters/00_the_whole_picture.html")
+    bars = page.locator("button.search-button-field:visible, form.bd-search:visible")
+    assert bars.count() == 1

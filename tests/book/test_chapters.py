@@ -1,0 +1,55 @@
+"""Every chapter has the skeleton that DESIGN.md promises its readers."""
+
+import re
+
+import nbformat
+import pytest
+from helpers import MEASURED, ROOT
+
+CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
+
+
+def sources(path, kind):
+    notebook = nbformat.read(path, 4)
+    return [cell.source for cell in notebook.cells if cell.cell_type == kind]
+
+
+def headings(path):
+    lines = "\n".join(sources(path, "markdown")).splitlines()
+    return [line[3:] for line in lines if line.startswith("## ")]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_has_its_parts_in_order(path):
+    found = headings(path)
+    first = "Draw something" if path.stem.startswith("00") else "Why"
+    assert found[0] == first
+    assert any(heading.startswith("Look") for heading in found) or found[0] != "Why"
+    last = [found.index(h) for h in ("Proof", "Break it", "Exercises", "Summary")]
+    assert last == sorted(last)
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_begins_with_its_card(path):
+    card = sources(path, "markdown")[0]
+    assert card.startswith("# ")
+    for key in ("You build", "You need", "Exports", "Runs in"):
+        assert f"- **{key}**" in card, key
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_the_card_says_what_was_measured(path):
+    card = sources(path, "markdown")[0]
+    line = re.search(r"- \*\*Runs in\*\* (.*?) on two CPU cores", card, re.DOTALL)
+    assert line, "`tools/book/execute.py --measure` writes its findings there"
+    assert re.fullmatch(MEASURED, line[1]), "run `tools/book/execute.py --measure`"
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_exercises_can_be_checked_and_have_solutions(path):
+    text, code = ("\n".join(sources(path, kind)) for kind in ("markdown", "code"))
+    exercises = text.count(":::{exercise}")
+    assert 3 <= exercises <= 5
+    solutions = text.count("{solution-start}") + text.count("{solution} ")
+    assert solutions >= exercises - 1  # an open one may go without
+    assert code.count("\ndef check_") + code.startswith("def check_") >= 2

@@ -1,0 +1,241 @@
+"""What each saving in the guided loop brings, measured in turns on one machine.
+
+    python tools/benchmarks/bench_speedups.py                          the shipped model, CPU
+    python tools/benchmarks/bench_speedups.py --device cuda --dtype bf16
+    python tools/benchmarks/bench_speedups.py --device cuda --dtype fp16 --model folder-or-id
+
+Every rung of the ladder is the whole loop (DDIM, no decoder) with one saving more
+than the rung before. All rungs run once in each round, one after the other, and each
+time is divided by the first rung's of the same round: seconds depend on the machine
+and on the hour, these ratios less so. The record, medians over the rounds, goes to
+data/runs/speedups/<device>.json, or where --json says.
+"""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdbook import StableDiffusion
+from sdbook.pipeline import guide
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "data" / "runs" / "speedups"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PROMPTS = ["a red star above a blue house", "two green fish", "a boat", "a moon"]
+SCALE = 3.0
+
+
+class Ladder:
+    """The guided loop, from plain to cheap; each method draws the same latents."""
+
+    def __init__(self, pipe: StableDiffusion, batch: int, steps: int):
+        self.pipe, self.unet = pipe, pipe.unet
+        pipe.scheduler.set_timesteps(steps)
+        prompts = [PROMPTS[k % len(PROMPTS)] for k in range(batch)]
+        self.context = pipe.encode_prompt(prompts)
+        self.uncond = pipe.encode_prompt([""] * batch)
+        self.both = torch.cat([self.uncond, self.context])
+        shape = pipe.latent_shape(batch)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        self.noise = noise.to(pipe.device)
+
+    @torch.no_grad()
+    def loop(self, predict: Callable[[Tensor, int, int], Tensor]) -> Tensor:
+        """All steps; `predict` takes latents, the timestep and the step's number."""
+        scheduler, x = self.pipe.scheduler, self.noise
+        for i, t in enumerate(scheduler.timesteps.tolist()):
+            answer = predict(x.to(self.pipe.dtype), t, i).float()
+            x = scheduler.step(answer, t, x)
+        return x
+
+    def plain(self) -> Tensor:
+        def predict(x, t, i):
+            uncond, cond = self.unet(x, t, self.uncond), self.unet(x, t, self.context)
+            return guide(uncond, cond, SCALE)
+
+        return self.loop(predict)
+
+    def one_call(self) -> Tensor:
+        def predict(x, t, i):
+            answers = self.unet(torch.cat([x, x]), t, self.both)
+            return guide(*answers.chunk(2), SCALE)
+
+        return self.loop(predict)
+
+    @torch.no_grad()
+    def read_once(self) -> Tensor:
+        text = self.unet.read(self.both)
+
+        def predict(x, t, i):
+            answers = self.unet(torch.cat([x, x]), t, text)
+            return guide(*answers.chunk(2), SCALE)
+
+        return self.loop(predict)
+
+    @torch.no_grad()
+    def shared_start(self) -> Tensor:
+        text = self.unet.read(self.both)
+
+        def predict(x, t, i):
+            return guide(*self.unet(x, t, text).chunk(2), SCALE)
+
+        return self.loop(predict)
+
+    @torch.no_grad()
+    def times_at_once(self) -> Tensor:
+        text = self.unet.read(self.both)
+        return self.loop(self.with_times(lambda x, t, time: guide(
+            *self.unet(x, t, text, time).chunk(2), SCALE
+        )))  # fmt: skip
+
+    @torch.no_grad()
+    def no_guidance(self) -> Tensor:
+        text = self.unet.read(self.context)
+        return self.loop(self.with_times(
+            lambda x, t, time: self.unet(x, t, text, time)
+        ))  # fmt: skip
+
+    def with_times(self, predict) -> Callable[[Tensor, int, int], Tensor]:
+        timesteps = self.pipe.scheduler.timesteps.to(self.pipe.device)
+        times = self.unet.embed_time(timesteps)
+        return lambda x, t, i: predict(x, t, times[i : i + 1])
+
+
+def with_own_unet(pipe: StableDiffusion) -> StableDiffusion:
+    """The same pipeline with a UNet that may be changed."""
+    other = copy.copy(pipe)
+    other.unet = copy.deepcopy(pipe.unet)
+    return other
+
+
+def rungs(
+    pipe: StableDiffusion, fast: StableDiffusion | None, compiled: bool,
+    batch: int, steps: int,
+) -> dict[str, Callable]:  # fmt: skip
+    """What to time, by name: the ladder, and beside it what changes more than that."""
+    ladder = Ladder(pipe, batch, steps)
+    found = {
+        "plain: two calls, text read in each": ladder.plain,
+        "both halves in one call": ladder.one_call,
+        "text read once": ladder.read_once,
+        "one latent, two texts": ladder.shared_start,
+        "times at once (our pipeline)": ladder.times_at_once,
+    }
+    other = with_own_unet(pipe)
+    other.unet.to(memory_format=torch.channels_last)
+    found["… in channels-last order"] = Ladder(other, batch, steps).times_at_once
+    best, name = pipe, ""
+    if fast is not None:
+        best, name = fast, f" in {fast.dtype}".replace("torch.", "")
+        found[f"…{name}"] = Ladder(fast, batch, steps).times_at_once
+    if compiled:
+        other = with_own_unet(best)
+        other.unet.forward = torch.compile(other.unet.forward)
+        found[f"… compiled{name}"] = Ladder(other, batch, steps).times_at_once
+    found["… guidance off (another picture)"] = ladder.no_guidance
+    return found
+
+
+def seconds(function: Callable, device: str) -> float:
+    """The wall-clock time of one call, the GPU's work included."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(functions: dict[str, Callable], rounds: int, device: str) -> list[dict]:
+    """One row for each function: median seconds, and of the first one's time."""
+    reference, rows = None, []
+    for name, function in functions.items():  # the first call warms up
+        result = function().float().cpu()
+        reference = result if reference is None else reference
+        error = (result - reference).abs().max() / reference.abs().max()
+        rows.append({"name": name, "difference": float(f"{error:.1e}")})
+    times = [[seconds(f, device) for f in functions.values()] for _ in range(rounds)]
+    for k, row in enumerate(rows):
+        ratios = sorted(one[k] / one[0] for one in times)
+        row["seconds"] = round(statistics.median(one[k] for one in times), 4)
+        row["of_plain"] = round(statistics.median(ratios), 3)
+        row["least"], row["most"] = round(ratios[0], 3), round(ratios[-1], 3)
+    return rows
+
+
+def processor(device: str) -> str:
+    """The name of what computes."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(one.split(":")[1].strip() for one in lines if "model name" in one)
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="What each saving brings.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="a second precision to time")
+    parser.add_argument("--model", default="scenes", help="as from_pretrained takes it")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--steps", type=int, default=10, help="steps of DDIM (10)")
+    parser.add_argument("--rounds", type=int, default=9, help="calls of each (9)")
+    parser.add_argument(
+        "--compile", choices=("auto", "yes", "no"), default="auto",
+        help="torch.compile as well (auto: on a GPU)",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, help="where to write the record")
+    options = parser.parse_args(arguments)
+    device = options.device
+    pipe = StableDiffusion.from_pretrained(options.model).to(device)
+    pipe.scheduler = "ddim"
+    fast = None
+    if options.dtype and options.dtype != "fp32":
+        fast = StableDiffusion.from_pretrained(options.model, DTYPES[options.dtype])
+        fast.to(device).scheduler = pipe.scheduler
+    compiled = options.compile == "yes" or (
+        options.compile == "auto" and device == "cuda"
+    )
+    results = []
+    for batch in options.batches:
+        functions = rungs(pipe, fast, compiled, batch, options.steps)
+        rows = measure(functions, options.rounds, device)
+        results.append({"batch": batch, "rows": rows})
+        print(f"\n{f'{batch} at a time':<38}{'seconds':>9}{'of plain':>10}  (range)")
+        for row in rows:
+            print(
+                f"{row['name']:<38}{row['seconds']:9.3f}{row['of_plain']:10.2f}"
+                f"  {row['least']:.2f} to {row['most']:.2f}",
+                flush=True,
+            )
+    given = sys.argv[1:] if arguments is None else arguments
+    record = {
+        "command": shlex.join(["python", "tools/benchmarks/bench_speedups.py", *given]),
+        "device": device, "processor": processor(device),
+        "machine": f"{platform.platform()}, {os.cpu_count()} CPU cores",
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "model": options.model, "steps": options.steps, "rounds": options.rounds,
+        "results": results,
+    }  # fmt: skip
+    path = options.json or FOLDER / f"{device}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
