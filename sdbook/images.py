@@ -119,7 +119,7 @@ class CaptionedDataset(Dataset):
         order = np.random.default_rng(0).permutation(len(self)).tolist()
         return sorted(order[count:]), Subset(self, order[:count])
 
-    def unread(self, wanted: dict[str, int]) -> Stream:
+    def unread(self, wanted: dict[str, int]) -> Dataset:
         """`(key, pixels)` of the items numbered in `wanted`; None if unreadable."""
         return Stream(self.look_for, wanted)
 
@@ -615,7 +615,7 @@ class CaptionedShards(CaptionedDataset, IterableDataset):
     def steps(
         self, batch_size: int, seed: int, first: int, last: int, rank: int = 0,
         world: int = 1,
-    ) -> Stream:  # fmt: skip
+    ) -> Dataset:  # fmt: skip
         """The batches of steps `first` to `last`, each a list of items.
 
         `batch_size` counts the pictures of this process, `rank` of `world`. Shuffled by

@@ -52,7 +52,6 @@ from sdbook.data import (
     find_captions,
     invent,
     is_held_out,
-    labelled_grid,
     read_caption,
     read_picture,
     stands,
@@ -1095,7 +1094,8 @@ def test_keys_stay_what_they_were(one_picture):
 
 
 def test_files_are_looked_into_once(one_picture, monkeypatch):
-    for dataset in (CaptionedImages(one_picture), CaptionedShards(one_picture / "a.tar")):
+    shards = CaptionedShards(one_picture / "a.tar")
+    for dataset in (shards, CaptionedImages(one_picture)):
         before = dataset.keys(one_picture)
         with monkeypatch.context() as patch:
             patch.setattr(Path, "read_bytes", lambda _: pytest.fail("read again"))
@@ -1146,8 +1146,8 @@ def test_what_is_held_out_is_not_trained_on(tmp_path):
             assert len(numbers) == 20 and len(held) == 16
             validation = Scenes(split="validation")
             assert all(torch.equal(held[i][0], validation[i][0]) for i in range(16))
-        again = dataset.held_out(16)
-        assert again[0] == numbers and dataset.held_out(0)[0] == list(range(len(dataset)))
+        assert dataset.held_out(16)[0] == numbers
+        assert dataset.held_out(0)[0] == list(range(len(dataset)))
 
 
 def test_scenes_of_some_kinds_keep_to_them_in_validation():
@@ -1159,19 +1159,11 @@ def test_scenes_of_some_kinds_keep_to_them_in_validation():
 
 
 def test_unreadable_pictures_are_none(one_picture):
-    for dataset in (CaptionedImages(one_picture), CaptionedShards(one_picture / "a.tar")):
+    shards = CaptionedShards(one_picture / "a.tar")
+    for dataset in (shards, CaptionedImages(one_picture)):
         (key,) = dataset.keys(one_picture)
         with pytest.warns(UserWarning, match="cannot read the picture"):
             assert list(dataset.unread({key: 0})) == [(key, None)]
-
-
-def test_labelled_grid():
-    images = [Image.new("RGB", (64, 64), "red")] * 5
-    sheet = labelled_grid(images, ["a label that is rather long"] * 5, columns=4)
-    assert sheet.width == 4 * 204 and sheet.height > 2 * 204
-    assert sheet.getpixel((100, 100)) == (255, 0, 0)
-    alone = labelled_grid(images[:1], ["one"])
-    assert alone.width == 204 and alone.height < sheet.height
 
 
 def test_the_reader_works_with_workers():
