@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .clip import CLIPTextModel, Tokenizer
-from .data import CaptionedImages
+from .images import CaptionedImages
 from .pipeline import StableDiffusion
 from .training import (
     DiffusionLoss,
