@@ -41,8 +41,8 @@ from .data import (
     stands,
     to_pixels,
 )
+from .files import read_weights, save_weights
 from .pipeline import StableDiffusion, model_folders
-from .weights import read_weights, save_weights
 
 __all__ = [
     "SIDE",

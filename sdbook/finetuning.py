@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from .clip import CLIPTextModel, Tokenizer
 from .data import CaptionedImages
+from .files import WeightsError, read_weights, write_atomically
 from .pipeline import StableDiffusion
 from .training import (
     DiffusionLoss,
@@ -37,7 +38,7 @@ from .training import (
     say_plan,
 )
 from .unet import UNet
-from .weights import WeightsError, build_empty, read_weights, write_atomically
+from .weights import build_empty
 
 __all__ = [
     "LowRank",

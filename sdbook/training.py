@@ -72,6 +72,7 @@ from .data import (
     is_held_out,
     to_pixels,
 )
+from .files import read_weights, save_weights, write_atomically
 from .pipeline import (
     StableDiffusion,
     check_tokenizer,
@@ -84,7 +85,7 @@ from .resblocks import ResBlock
 from .schedulers import DDIMScheduler
 from .unet import UNet, UNetConfig, start_as_identity
 from .vae import AutoencoderKL, DiagonalGaussian, VAEConfig
-from .weights import build_empty, read_weights, save_weights, write_atomically
+from .weights import build_empty
 
 __all__ = [
     "StepSampler",

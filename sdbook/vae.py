@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import Attention
+from .files import WeightsError
+from .formats import own_weights, squeeze_matrices
 from .resblocks import Downsample, ResBlock, Upsample
-from .weights import Config, Pretrained, WeightsError
+from .weights import Config, Pretrained
 
 __all__ = [
     "stack",
@@ -31,7 +33,6 @@ __all__ = [
     "VAEConfig",
     "Encoder",
     "Decoder",
-    "squeeze_matrices",
     "check_size",
     "tile_starts",
     "fading",
@@ -284,15 +285,6 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-def squeeze_matrices(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Make matrices of the attention's 1 × 1 convolutions in original files."""
-    def squeeze(key: str, tensor: Tensor) -> Tensor:
-        is_matrix = ".attentions." in key and tensor.shape[2:] == (1, 1)
-        return tensor[:, :, 0, 0] if is_matrix else tensor
-
-    return {key: squeeze(key, tensor) for key, tensor in state.items()}
-
-
 def check_size(x: Float[Tensor, "b c h w"], factor: int) -> None:
     """Raise ValueError when height or width is not a multiple of `factor`."""
     height, width = x.shape[-2:]
@@ -396,7 +388,6 @@ class AutoencoderKL(InParts, Pretrained, nn.Module):
 
     config_class = VAEConfig
     diffusers_class = "AutoencoderKL"
-    rename_on_load = staticmethod(squeeze_matrices)
 
     def __init__(self, config: VAEConfig | None = None):
         super().__init__()
@@ -428,3 +419,9 @@ class AutoencoderKL(InParts, Pretrained, nn.Module):
         """For training: encode, draw, decode; the picture and the distribution."""
         distribution = self.encode(x)
         return self.decode(distribution.sample(generator)), distribution
+
+    def rename_on_load(
+        self, state: dict[str, Tensor], ema: bool = True
+    ) -> dict[str, Tensor]:
+        """Also read the original's names, and diffusers' of its first days."""
+        return squeeze_matrices(own_weights(self, state, ema))
