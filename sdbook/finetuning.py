@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .clip import CLIPTextModel, Tokenizer
-from .data import CaptionedImages
 from .files import WeightsError, read_weights, write_atomically
+from .images import CaptionedImages
 from .pipeline import StableDiffusion
 from .training import (
     DiffusionLoss,
