@@ -65,6 +65,7 @@ FLOORS = {
     "schedulers": 2.3,
     "formats": 2.3,
     "weights": 2,
+    "files": 1,
     "attention": 1,
     "resblocks": 1,
     "viz": 0,
@@ -72,7 +73,7 @@ FLOORS = {
 }
 
 # Not rebuilt yet; this list is to become empty, and to go.
-NOT_YET = {"training", "pipeline", "schedulers", "unet", "weights", "vae", "finetuning"}
+NOT_YET = {"training", "pipeline", "schedulers", "unet", "finetuning"}
 
 # A base class with one child says *is a*, and why.
 ONE_CHILD = {
