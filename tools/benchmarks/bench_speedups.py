@@ -1,8 +1,8 @@
 """What makes the guided loop faster, and by how much, measured in turns on one machine.
 
-    python tools/benchmarks/bench_speedups.py                          the shipped model, CPU
-    python tools/benchmarks/bench_speedups.py --device cuda --dtype bf16
-    python tools/benchmarks/bench_speedups.py --device cuda --dtype fp16 --model folder-or-id
+    tools/benchmarks/bench_speedups.py  the shipped model, CPU
+    tools/benchmarks/bench_speedups.py --device cuda --dtype bf16
+    tools/benchmarks/bench_speedups.py --device cuda --dtype fp16 --model folder-or-id
 
 Every rung is the whole loop (DDIM, no decoder). All rungs run once in each round, one
 after the other, and each time is divided by the first rung's of the same round: seconds
