@@ -57,7 +57,7 @@ def tokenizer():
 
 @pytest.fixture
 def vae(monkeypatch):
-    monkeypatch.setattr(training, "BATCH_PIXELS", 4 * 16**2)  # 4 pictures a batch
+    monkeypatch.setattr(training.cache, "BATCH_PIXELS", 4 * 16**2)  # 4 pictures a batch
     return CountingVAE()
 
 
