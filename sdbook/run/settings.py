@@ -8,9 +8,9 @@ import operator
 from dataclasses import dataclass, field, fields
 
 import torch
-from torch.utils.data import Dataset
 
-from ..data import KINDS, CaptionedImages, CaptionedShards, Scenes
+from ..images import CaptionedDataset, CaptionedImages, CaptionedShards
+from ..scenes import KINDS, Scenes
 
 LIMITS = {
     "at_least": operator.ge,
@@ -168,7 +168,7 @@ class RunConfig:
         check_machine(self)
 
 
-def open_dataset(config: RunConfig, split: str = "train") -> Dataset:
+def open_dataset(config: RunConfig, split: str = "train") -> CaptionedDataset:
     """The scenes, or the pictures of a folder or of .tar shards (without splits)."""
     if config.dataset_path == "scenes":
         kinds = config.kinds or tuple(KINDS)

@@ -4,26 +4,13 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from torch import nn
-from tqdm.auto import tqdm
 
+from ..images import KEY_LENGTH
 from ..weights import write_atomically
-
-KEY_LENGTH = 32
-
-
-def short_name(*facts) -> str:
-    """A key for bytes, texts and numbers: 32 letters, others if any fact is."""
-    digest = hashlib.sha256()
-    for fact in facts:
-        data = fact if isinstance(fact, bytes) else str(fact).encode()
-        digest.update(f"{len(data)} ".encode() + data)
-    return digest.hexdigest()[:KEY_LENGTH]
-
 
 def fingerprint(module: nn.Module) -> str:
     """A short name for a module's weights: other weights, other name."""
@@ -83,17 +70,3 @@ class Rows:
         """All rows (count, …), mapped into memory: read when they are used."""
         shape = (self.count(), *json.loads(self.shape_file.read_text()))
         return np.memmap(self.folder / "rows", np.float16, "r", shape=shape)
-
-
-def look_into(notes: Path, files: list, read: Callable) -> list:
-    """`read(file)` of every file; as noted, where size and date are those noted."""
-    known = json.loads(notes.read_text()) if notes.exists() else {}
-    found = []
-    for file in tqdm(files, desc="files"):
-        facts, name = os.stat(file), os.path.abspath(file)
-        stamp = [facts.st_size, facts.st_mtime_ns]
-        if name not in known or known[name][0] != stamp:
-            known[name] = [stamp, read(file)]
-        found.append(known[name][1])
-    write_atomically(notes, lambda path: path.write_text(json.dumps(known)))
-    return found

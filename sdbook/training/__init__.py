@@ -5,6 +5,7 @@ Written by hand; the modules are generated from chapters 05, 06 and 08. It hands
 their names, and those of `sdbook.run` that a training of one's own needs.
 """
 
+from ..images import short_name
 from ..run.checkpoints import (
     SettingsRecord,
     check_fits,
@@ -18,8 +19,8 @@ from ..run.memory import keep_all, kept_bytes, memory_needed, recompute_blocks
 from ..run.plan import describe_plan, say_plan
 from ..run.processes import count_steps, is_main_process, make_accelerator
 from ..run.settings import RunConfig, check_side, open_dataset, setting
-from ..run.tables import Rows, fingerprint, short_name
-from .cache import Encoded, caption_ids, captions_of
+from ..run.tables import Rows, fingerprint
+from .cache import Encoded, caption_ids
 from .clip import CLIPTrainingConfig, Twins, exchange, invent_twin, train_clip
 from .loop import (
     EMA,
@@ -38,7 +39,6 @@ from .unet import (
     Validation,
     asked_sizes,
     find_sizes,
-    hold_out,
     new_unet,
     start_white,
     train,

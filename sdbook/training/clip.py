@@ -20,7 +20,12 @@ from ..clip import (
     Tokenizer,
     contrastive_loss,
 )
-from ..data import (
+from ..images import to_pixels
+from ..run.memory import memory_needed
+from ..run.plan import say_plan
+from ..run.processes import is_main_process, make_accelerator
+from ..run.settings import RunConfig, open_dataset, setting
+from ..scenes import (
     COLOURS,
     RELATIONS,
     SHAPES,
@@ -32,14 +37,9 @@ from ..data import (
     describe,
     draw,
     is_held_out,
-    to_pixels,
 )
-from ..run.memory import memory_needed
-from ..run.plan import say_plan
-from ..run.processes import is_main_process, make_accelerator
-from ..run.settings import RunConfig, open_dataset, setting
 from ..weights import save_weights
-from .cache import caption_ids, captions_of, warn_about_long
+from .cache import caption_ids, warn_about_long
 from .loop import optimise
 
 __all__ = [
@@ -145,7 +145,7 @@ class Twins(Dataset):
         rng = np.random.default_rng((self.scenes.seed, 7, index))
         twin, said, other = invent_twin(scene, rng)
         pictures = (
-            draw(things, scene.background, self.scenes.size)
+            draw(things, scene.background, self.scenes.side)
             for things in (scene.things, arrange(twin, rng))
         )
         return tuple(
@@ -227,7 +227,7 @@ def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel | None:
     torch.manual_seed(config.seed)
     dataset = open_dataset(config)
     twins = config.twins and isinstance(dataset, Scenes)
-    texts = sorted(set(captions_of(dataset)))
+    texts = sorted(set(dataset.captions()))
     tokenizer = Tokenizer.train(texts, config.vocab_size, config.max_length)
     warn_about_long(tokenizer, texts)
     text_encoder = new_text_encoder(config, tokenizer)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,7 +15,6 @@ from torch.utils.data import Dataset, Subset
 
 from ..attention import TransformerBlock
 from ..clip import CLIPTextModel, Tokenizer
-from ..data import CaptionedShards, Scenes
 from ..pipeline import (
     StableDiffusion,
     check_tokenizer,
@@ -39,7 +37,7 @@ from ..schedulers import DDIMScheduler
 from ..unet import UNet, UNetConfig, start_as_identity
 from ..vae import AutoencoderKL
 from ..weights import build_empty
-from .cache import caption_ids, encode_dataset
+from .cache import Encoded, caption_ids
 from .loop import as_it_is, optimise, step_generator
 from .loss import DiffusionLoss
 
@@ -65,7 +63,6 @@ __all__ = [
     "find_sizes",
     "new_unet",
     "check_schedule",
-    "hold_out",
     "sheet_of",
     "unet_memory",
 ]
@@ -148,14 +145,17 @@ def train(config: "TrainingConfig") -> StableDiffusion | None:
     empty_unet = build_empty(UNet, sizes)
     check_fits(find_checkpoint(config), empty_unet)
     dataset = open_dataset(config)
-    shown, held = hold_out(config, dataset)
+    shown, held = dataset.held_out(config.num_validation)
     memory = unet_memory(config, empty_unet)
     say_plan(config, dataset, empty_unet, memory, shown=len(shown), held=len(held))
     if config.dry_run:
         return None
 
     frozen = vae, text_encoder, tokenizer = open_frozen(config)
-    encoded = encode_dataset(config, dataset, accelerator, *frozen)
+    vae.to(accelerator.device, memory_format=torch.channels_last)
+    text_encoder.to(accelerator.device)
+    folder = Path(config.output_dir) / "cache"
+    encoded = Encoded(dataset, *frozen, folder, config.num_workers)
     torch.manual_seed(config.seed)  # here: filling the cache may have drawn numbers
     unet = new_unet(config, sizes, torch.tensor(encoded.sample))
     scheduler = make_noise_schedule(config)
@@ -462,26 +462,13 @@ def check_schedule(config: TrainingConfig) -> None:
             )
 
 
-def hold_out(config: TrainingConfig, dataset: Dataset) -> tuple[list[int], Dataset]:
-    """Numbers of the pictures to train on, and the pictures to validate on."""
-    if isinstance(dataset, Scenes):
-        count = min(config.num_validation, len(dataset))
-        held = Subset(open_dataset(config, "validation"), range(count))
-        return list(range(len(dataset))), held
-    if isinstance(dataset, CaptionedShards):
-        return list(range(len(dataset))), Subset(dataset, [])
-    count = min(config.num_validation, len(dataset) // 10)
-    order = np.random.default_rng(0).permutation(len(dataset)).tolist()
-    return sorted(order[count:]), Subset(dataset, order[:count])
-
-
 def sheet_of(config: TrainingConfig, dataset, vae, text_encoder, tokenizer, scheduler):
     """A function that draws the sample prompts with a UNet, always from one noise."""
     pictures = islice(iter(dataset), min(4, len(dataset)))
     prompts = list(config.sample_prompts or (caption for _, caption in pictures))
 
     def draw_sheet(unet):
-        from ..evaluation import labelled_grid
+        from ..images import labelled_grid
 
         pipe = StableDiffusion(vae, text_encoder, tokenizer, unet, scheduler)
         images = pipe(prompts, seed=config.seed, progress=False).images

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from torchvision.utils import make_grid
 
 from ..clip import ImageTower, quick_gelu
-from ..data import CaptionedShards, Crowds, Scenes
+from ..images import CaptionedShards
 from ..pipeline import to_pictures
 from ..run.memory import memory_needed
 from ..run.plan import say_plan
@@ -30,6 +30,7 @@ from ..run.settings import (
     open_dataset,
     setting,
 )
+from ..scenes import CrowdedScenes, Scenes
 from ..vae import AutoencoderKL, VAEConfig
 from ..weights import read_weights
 from .loop import optimise
@@ -350,7 +351,9 @@ def train_vae(config: VAETrainingConfig) -> AutoencoderKL | None:
     if isinstance(dataset, CaptionedShards):
         held = list(islice(held, 256))  # a stream has no numbers
     crowds = isinstance(dataset, Scenes)
-    shown = Crowds(config.image_size, config.seed, len(dataset)) if crowds else dataset
+    shown = dataset
+    if crowds:
+        shown = CrowdedScenes(config.image_size, config.seed, len(dataset))
     vae = new_vae(config)
     side = config.image_size
     pixels = torch.empty(config.batch_size, 3, side, side, device="meta")

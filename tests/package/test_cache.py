@@ -388,7 +388,7 @@ def test_shards_hold_the_same_pictures_as_their_folder(
     path = f"{tmp_path}/{{0000..0002}}.tar"
     shards = open_dataset(RunConfig(dataset_path=path, image_size=16))
     assert isinstance(shards, CaptionedShards)
-    assert training.captions_of(shards) == [f"card {i}" for i in range(COUNT)]
+    assert shards.captions() == [f"card {i}" for i in range(COUNT)]
     other = tmp_path / "other"
     cache = Encoded(shards, vae, text_encoder, tokenizer, other, num_workers)
     assert vae.shown == COUNT
@@ -406,7 +406,6 @@ def test_shards_hold_the_same_pictures_as_their_folder(
 def test_throughput_is_measured(tmp_path, monkeypatch):
     """At toy size: operations and times of each form of the step, and the peak."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.syspath_prepend(str(ROOT / "tools" / "benchmarks"))
     bench = load_tool("measure_throughput")
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)  # a minute
     flags = "--sizes tiny --batches 2 --steps 1 --rounds 1 --side 64 --output".split()

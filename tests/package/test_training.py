@@ -50,7 +50,6 @@ from sdbook.training import (
     check_fits,
     exchange,
     find_sizes,
-    hold_out,
     kept_bytes,
     latent_spread,
     learning_rate_at,
@@ -1030,10 +1029,10 @@ def test_a_folder_keeps_some_pictures_back(tmp_path):
     write_folder(Scenes(64), tmp_path, 30)
     config = TrainingConfig(dataset_path=str(tmp_path))
     dataset = open_dataset(config)
-    shown, held = hold_out(config, dataset)
+    shown, held = dataset.held_out(config.num_validation)
     assert len(shown) == 27 and len(held) == 3
     assert sorted([*shown, *held.indices]) == list(range(30))
-    assert hold_out(config, dataset)[0] == shown
+    assert dataset.held_out(config.num_validation)[0] == shown
 
 
 def test_validation_and_samples(unet_config):
