@@ -12,6 +12,7 @@ from torch import nn
 from ..images import KEY_LENGTH
 from ..weights import write_atomically
 
+
 def fingerprint(module: nn.Module) -> str:
     """A short name for a module's weights: other weights, other name."""
     digest = hashlib.sha256()
