@@ -18,14 +18,7 @@ from ..clip import Tokenizer
 from ..images import short_name
 from ..run.tables import Rows, fingerprint
 
-__all__ = [
-    "write_texts",
-    "Encoded",
-    "caption_ids",
-    "warn_about_long",
-    "BATCH_PIXELS",
-    "write_moments",
-]
+__all__ = ["write_texts", "Encoded", "caption_ids", "warn_about_long", "write_moments"]
 
 
 @torch.no_grad()
@@ -54,6 +47,8 @@ class Encoded(Dataset):
     are the states of captions that stand for all.
     """
 
+    batch_pixels = 2**19  # encoded at once: 128 pictures of 64 × 64, 2 of 512 × 512
+
     def __init__(self, dataset, vae, text_encoder, tokenizer, folder, num_workers=0):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +61,8 @@ class Encoded(Dataset):
             keys = dataset.keys(folder)
             said = ["", *captions, *some]
             write_texts(self.tables[1], said, text_encoder, tokenizer)
-            write_moments(self.tables[0], dataset, keys, vae, num_workers)
+            size = max(1, self.batch_pixels // dataset.side**2)
+            write_moments(self.tables[0], dataset, keys, vae, size, num_workers)
         self.find_rows(keys, captions)
         self.moments, self.texts = (table.open() for table in self.tables)
         number = self.tables[1].numbers()
@@ -129,20 +125,17 @@ def warn_about_long(tokenizer: Tokenizer, captions: list[str]) -> None:
         )
 
 
-BATCH_PIXELS = 2**19  # fits into any memory: 128 pictures of 64 × 64, 2 of 512 × 512
-
-
 @torch.no_grad()
-def write_moments(table: Rows, dataset, keys: list[str], vae, num_workers=0) -> None:
+def write_moments(
+    table: Rows, dataset, keys: list[str], vae, batch_size=128, num_workers=0
+) -> None:
     """Add mean and log-variance (2c, h, w) of every item that the table lacks."""
     device, known = next(vae.parameters()).device, table.numbers()
     wanted = {key: number for number, key in enumerate(keys) if key not in known}
     if not wanted:
         return
-    loader = DataLoader(
-        dataset.unread(wanted), max(1, BATCH_PIXELS // dataset.side**2),
-        collate_fn=list, num_workers=num_workers,
-    )  # fmt: skip
+    source = dataset.unread(wanted)
+    loader = DataLoader(source, batch_size, collate_fn=list, num_workers=num_workers)
     done = len(keys) - len(wanted)
     with tqdm(total=len(keys), initial=done, desc="latents") as bar:
         for items in loader:
