@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..weights import write_atomically
+from ..files import write_atomically
 from .settings import RunConfig
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..weights import write_atomically
+from ..files import write_atomically
 from .settings import RunConfig
 
 TEN_BAD_STEPS = (

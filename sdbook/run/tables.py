@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from ..files import write_atomically
 from ..images import KEY_LENGTH
-from ..weights import write_atomically
 
 
 def fingerprint(module: nn.Module) -> str:

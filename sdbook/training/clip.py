@@ -20,6 +20,7 @@ from ..clip import (
     Tokenizer,
     contrastive_loss,
 )
+from ..files import save_weights
 from ..images import to_pixels
 from ..run.memory import memory_needed
 from ..run.plan import say_plan
@@ -38,7 +39,6 @@ from ..scenes import (
     draw,
     is_held_out,
 )
-from ..weights import save_weights
 from .cache import caption_ids, warn_about_long
 from .loop import optimise
 

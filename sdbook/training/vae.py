@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from torchvision.utils import make_grid
 
 from ..clip import ImageTower, quick_gelu
+from ..files import read_weights
 from ..images import CaptionedShards
 from ..pipeline import to_pictures
 from ..run.memory import memory_needed
@@ -32,7 +33,6 @@ from ..run.settings import (
 )
 from ..scenes import CrowdedScenes, Scenes
 from ..vae import AutoencoderKL, VAEConfig
-from ..weights import read_weights
 from .loop import optimise
 from .loss import ALL
 

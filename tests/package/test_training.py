@@ -1007,7 +1007,7 @@ def test_resuming_with_other_sizes_is_refused_first(unet_config, monkeypatch):
     train(replace(unet_config, max_steps=1))
     monkeypatch.setattr(AutoencoderKL, "from_pretrained", refuse)
     monkeypatch.setattr(Scenes, "__init__", refuse)
-    with pytest.raises(ValueError, match="another model.*unet_channels.*resume"):
+    with pytest.raises(ValueError, match="another model.*unet_preset.*resume"):
         train(replace(unet_config, unet_channels=(16, 32)))
 
 
