@@ -1,8 +1,8 @@
 """Stable Diffusion from Scratch in PyTorch: the package that the book's chapters build.
 
 What the book teaches is generated from `chapters/`. What no chapter teaches is written
-by hand: `run/`, the command line (`__main__.py`), `notebook.py`, and the files that hand
-on names, as this one does. Nothing heavy is imported here.
+by hand: `run/`, the command line (`__main__.py`), `notebook.py`, and the files that
+hand on names, as this one does. Nothing heavy is imported here.
 """
 
 __version__ = "0.1.0"
