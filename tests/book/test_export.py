@@ -1,5 +1,6 @@
 """tools/book/export.py: what it writes, and everything that it refuses."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from helpers import load_tool
+
+from sdbook.notebook import add_to
 
 ROOT = Path(__file__).resolve().parents[2]
 export = load_tool("export")
@@ -146,6 +149,310 @@ def test_a_cell_may_go_into_another_module(book):
     weights = (book.package / "weights.py").read_text()
     assert weights.startswith('"""Reading and writing weights.\n')
     assert "from .weights import x" in (book.package / "vae.py").read_text()
+
+
+# Classes that go on in later cells --------------------------------------------
+
+CIRCLE = """\
+#| export
+import functools
+
+import torch
+
+
+class Circle:
+    \"\"\"A circle.\"\"\"
+
+    unit = "cm"
+
+    def __init__(self, radius):
+        self.radius = radius
+
+
+PI = 3
+"""
+AREA = """\
+#| export
+@add_to(Circle)
+# why this
+def area(self):
+    \"\"\"The area.
+
+    In square centimetres.
+    \"\"\"
+
+    # Not quite.
+    return PI * self.radius**2
+    # and after
+
+
+UNITS = ["cm"]
+
+
+# how far it is across
+@add_to(Circle)
+@property
+def diameter(self):
+    text = \"\"\"twice
+  the\"\"\"
+    return 2 * self.radius, text
+
+
+@add_to(Circle)
+@Circle.diameter.setter
+def diameter(self, diameter):
+    self.radius = diameter / 2
+"""
+MORE = """\
+#| export
+@add_to(Circle)
+@classmethod
+@torch.no_grad()
+def unit_circle(cls) -> "Circle":
+    return cls(1)
+
+
+@add_to(Circle)
+@staticmethod
+def print(*values):
+    return values
+
+
+@add_to(Circle)
+@functools.cached_property
+def length(self):
+    from sdbook.resblocks import two
+
+    return two * PI * self.radius
+"""
+WHOLE = """\
+import functools
+
+import torch
+
+__all__ = ["Circle", "PI", "UNITS"]
+
+
+class Circle:
+    \"\"\"A circle.\"\"\"
+
+    unit = "cm"
+
+    def __init__(self, radius):
+        self.radius = radius
+
+    # why this
+    def area(self):
+        \"\"\"The area.
+
+        In square centimetres.
+        \"\"\"
+
+        # Not quite.
+        return PI * self.radius**2
+        # and after
+
+    # how far it is across
+    @property
+    def diameter(self):
+        text = \"\"\"twice
+  the\"\"\"
+        return 2 * self.radius, text
+
+    @diameter.setter
+    def diameter(self, diameter):
+        self.radius = diameter / 2
+
+    @classmethod
+    @torch.no_grad()
+    def unit_circle(cls) -> "Circle":
+        return cls(1)
+
+    @staticmethod
+    def print(*values):
+        return values
+
+    @functools.cached_property
+    def length(self):
+        from .resblocks import two
+
+        return two * PI * self.radius
+
+
+PI = 3
+
+
+UNITS = ["cm"]
+"""
+NOTEBOOK = "from sdbook.notebook import add_to"
+NEWER = ("__firstlineno__", "__static_attributes__")  # Python 3.13
+
+
+def test_a_class_goes_on_in_later_cells_and_is_one(book):
+    book.write(DEFAULT, NOTEBOOK, CIRCLE, AREA, MORE)
+    (book.package / "resblocks.py").write_text("two = 2\n")
+    assert book.run() == 0
+    text = (book.package / "attention.py").read_text()
+    assert text.split('edit.\n"""\n\n')[1] == WHOLE
+
+
+def test_the_cells_and_the_module_make_the_same_class(book):
+    book.write(DEFAULT, NOTEBOOK, CIRCLE, AREA, MORE)
+    (book.package / "resblocks.py").write_text("two = 2\n")
+    assert book.run() == 0
+    live, module = {"__name__": "a"}, {"__name__": "a", "__package__": "a"}
+    for code in (NOTEBOOK, CIRCLE, AREA, AREA, MORE):  # a cell may run twice
+        exec(code, live)
+    assert live["print"] is print and live["area"] is None
+    exec((book.package / "attention.py").read_text(), module)
+
+    def described(cls):
+        """Every member: its name, kind, docstring, and its functions."""
+        for name, member in vars(cls).items():
+            if name not in ("__dict__", "__weakref__", *NEWER):
+                yield name, type(member), inspect.getdoc(member), *functions(member)
+
+    def functions(member):
+        parts = [getattr(member, n, None) for n in ("fget", "fset", "func", "__func__")]
+        for part in (member, *parts):
+            while inspect.isfunction(part):
+                yield part.__qualname__, part.__module__, str(inspect.signature(part))
+                part = getattr(part, "__wrapped__", None)
+
+    assert [*described(live["Circle"])] == [*described(module["Circle"])]
+    assert str([*described(live["Circle"])]).count("'Circle.unit_circle'") == 2
+    for namespace in (live, module):
+        circle = namespace["Circle"].unit_circle()
+        circle.diameter = 4
+        assert (circle.radius, circle.area(), circle.print(1)) == (2, 12, (1,))
+        assert circle.diameter == (4, "twice\n  the")
+
+
+def test_a_later_chapter_may_go_on_with_a_class(book):
+    book.write(DEFAULT, "#| export\nclass A:\n    x = 1")
+    method = "#| export attention\n@add_to(A)\ndef f(self):\n    return 1"
+    book.write(method, name="10_more", title="# More")
+    assert book.run() == 0
+    text = (book.package / "attention.py").read_text()
+    assert text.endswith("    x = 1\n\n    def f(self):\n        return 1\n")
+
+
+@pytest.mark.parametrize(
+    ("cell", "line", "expected"),
+    [
+        ("@add_to(B)\ndef f(self): ...", 3, "has no class `B` up to here"),
+        ("@add_to(Other)\ndef f(self): ...", 3, "has no class `Other` up to here"),
+        ("@add_to(A)\ndef old(self): ...", 3, "`A.old` is already defined by"),
+        ("@add_to(A)\ndef word(self): ...", 3, "cell cell2; export only the finished"),
+        ("@add_to(A)\ndef f(self):\n    super().f()", 4, "write `super(A, self)`"),
+        ("@add_to(A)\ndef f(self):\n    __class__", 4, "works only inside a class"),
+        ("@add_to(A)\ndef f(self):\n    self.__x", 4, "`__x` means something else"),
+        ("@add_to(A)\ndef __new__(cls): ...", 3, "Python needs it from the start"),
+        ("@add_to(A)\nclass C: ...", 2, "`@add_to(Class)` belongs above a `def`"),
+        ("add_to(A)(len)", 2, "`@add_to(Class)` belongs above a `def`"),
+        ("@property\n@add_to(A)\ndef f(self): ...", 3, "above its other decorators"),
+        ("if Other:\n    @add_to(A)\n    def f(self): ...", 3, "not indented"),
+        (NOTEBOOK, 2, "import it in a cell without `#| export`"),
+        ("def f(self):\n    " + NOTEBOOK, 3, "a help for notebooks"),
+        ("@add_to(A)\ndef f(self, x=LATER): ...\n\n\nLATER = 1", 3, "further below"),
+        ("@add_to(A)\ndef f(self):\n    return lost", 4, "Undefined name `lost`"),
+        ("@add_to(A)\ndef f(self) -> A: ...", 3, "Undefined name `A` at this place"),
+    ],
+)
+def test_unfit_methods_are_refused(book, capsys, cell, line, expected):
+    (book.package / "resblocks.py").write_text("class Other: ...\n")
+    said = refusal(
+        book, capsys, DEFAULT, "#| export\nfrom sdbook.resblocks import Other",
+        "#| export\nclass A(Other):\n    word = 1\n\n    def old(self): ...",
+        f"#| export\n{cell}",
+        "#| export\nclass B: ...",
+    )  # fmt: skip
+    assert f"chapters/01_attention.ipynb, cell cell3, line {line}: " in said
+    assert expected in said
+
+
+def test_a_method_added_twice_is_refused(book, capsys):
+    method = "#| export\n@add_to(A)\ndef f(self):\n    return 1"
+    said = refusal(book, capsys, DEFAULT, "#| export\nclass A: ...", method, method)
+    assert "cell cell3, line 3: `A.f` is already defined by" in said
+    assert "cell cell2; export only the finished form" in said
+
+
+def test_add_to_refuses_what_is_no_class_and_no_function():
+    with pytest.raises(TypeError, match="needs a class, not 3"):
+        add_to(3)
+    with pytest.raises(TypeError, match="needs a function, not"):
+        add_to(type("A", (), {}))(len)
+
+
+# Modules in folders -----------------------------------------------------------
+
+
+def test_modules_in_folders(book, capsys):
+    book.write(
+        "#| default_exp training.loop",
+        '#| export training.loss\n"""Losses."""\nONE = 1',
+        "#| export\n"
+        "from sdbook import viz\n"
+        "from sdbook.attention import TWO\n"
+        "from sdbook.run.settings import read\n"
+        "from sdbook.training.loss import ONE\n"
+        "from sdbook.run import logs",
+        "#| export\nthree = read(ONE, TWO, viz, logs)",
+        "#| export attention\nTWO = 2",
+        "#| export attention\ndef f():\n    from sdbook.run.settings import read\n\n"
+        "    return read",
+        name="08_training",
+        title="# Training",
+    )
+    by_hand = ["__init__", "notebook", "data", "viz", "run/__init__", "run/logs"]
+    for name in [*by_hand, "run/settings", "training/__init__"]:
+        path = book.package / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("from .other import read\n")
+    assert book.run() == 0
+    said = capsys.readouterr()
+    assert "wrote sdbook/training/loop.py" in said.out
+    assert said.err.count("note: ") == said.err.count("sdbook/viz.py: no chapter") == 1
+    text = (book.package / "training" / "loop.py").read_text()
+    assert text.split('"""')[2].strip().splitlines()[:5] == [
+        "from .. import viz",
+        "from ..attention import TWO",
+        "from ..run import logs",
+        "from ..run.settings import read",
+        "from .loss import ONE",
+    ]
+    assert (book.package / "training" / "loss.py").read_text().startswith('"""Losses.')
+    attention = (book.package / "attention.py").read_text()
+    assert "    from .run.settings import read\n" in attention
+    (book.package / "viz.py").unlink()
+    book.run()
+    assert "from sdbook.viz, which" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("from sdbook.training.nowhere import x", "imports from sdbook.training.now"),
+        ("from sdbook.training.loop import x", "the module that it is exported to"),
+        ("from sdbook.training.loss import x", "imports `x` from sdbook.training.loss"),
+        ("from sdbook.nowhere import x", "imports from sdbook.nowhere, which no"),
+    ],
+)
+def test_wrong_imports_in_folders_are_refused(book, capsys, line, expected):
+    (book.package / "training").mkdir()
+    for name in ("__init__", "loss"):
+        (book.package / "training" / f"{name}.py").write_text("")
+    default = "#| default_exp training.loop"
+    said = refusal(book, capsys, default, f"#| export\n{line}\n\ny = x")
+    assert expected in said
+
+
+def test_a_module_written_by_hand_is_not_overwritten(book, capsys):
+    (book.package / "data.py").write_text("x = 1\n")
+    said = refusal(book, capsys, "#| default_exp data", "#| export\nx = 2")
+    assert "sdbook/data.py is written by hand; chapters/01_attention.ipynb must" in said
+    assert (book.package / "data.py").read_text() == "x = 1\n"
 
 
 def test_one_chapter_alone(book, capsys):

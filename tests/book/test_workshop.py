@@ -38,6 +38,7 @@ FLOORS = {
     "attention": 1,
     "resblocks": 1,
     "viz": 0,
+    "notebook": 0,
 }
 
 

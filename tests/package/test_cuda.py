@@ -1,7 +1,7 @@
 """What only a GPU can show: the same picture, half precision, no waiting, training.
 
-    pytest tests/package/test_cuda.py                            on a machine with a GPU
-    SDBOOK_TEST_DEVICE=cpu pytest tests/package/test_cuda.py     do the tests themselves run?
+    pytest tests/package/test_cuda.py                          on a machine with a GPU
+    SDBOOK_TEST_DEVICE=cpu pytest tests/package/test_cuda.py   do they run at all?
 """
 
 import json

@@ -1,6 +1,6 @@
 """How fast the parts are on this machine, and beside diffusers.
 
-    python tools/benchmarks/bench.py                 a table; about a minute on two cores
+    python tools/benchmarks/bench.py  a table; about a minute on two cores
     python tools/benchmarks/bench.py --threads 1
 
 Seconds depend on the machine; the ratios (our time over theirs, measured in turns

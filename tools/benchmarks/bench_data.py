@@ -1,6 +1,6 @@
 """How long a large folder of captioned pictures takes to open.
 
-    python tools/benchmarks/bench_data.py                   100,000 pictures, in three forms
+    python tools/benchmarks/bench_data.py  100,000 pictures, in three forms
     python tools/benchmarks/bench_data.py --count 1000000
 
 The pictures are hard links to one file, so they take no room; captions are files

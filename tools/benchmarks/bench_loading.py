@@ -1,7 +1,7 @@
 """How long loading takes and how much memory, beside diffusers, from the same files.
 
-    python tools/benchmarks/bench_loading.py                     all of Stable Diffusion 1.5's size
-    python tools/benchmarks/bench_loading.py --json result.json  keep the numbers, too
+    tools/benchmarks/bench_loading.py                     Stable Diffusion 1.5's size
+    tools/benchmarks/bench_loading.py --json result.json  keep the numbers, too
 
 Makes the files first, with random weights: 9 GB in a temporary folder, which is
 removed again (--folder keeps them elsewhere). Then every row is a fresh Python that

@@ -1,8 +1,8 @@
 """What each saving in the guided loop brings, measured in turns on one machine.
 
-    python tools/benchmarks/bench_speedups.py                          the shipped model, CPU
-    python tools/benchmarks/bench_speedups.py --device cuda --dtype bf16
-    python tools/benchmarks/bench_speedups.py --device cuda --dtype fp16 --model folder-or-id
+    tools/benchmarks/bench_speedups.py  the shipped model, CPU
+    tools/benchmarks/bench_speedups.py --device cuda --dtype bf16
+    tools/benchmarks/bench_speedups.py --device cuda --dtype fp16 --model folder-or-id
 
 Every rung of the ladder is the whole loop (DDIM, no decoder) with one saving more
 than the rung before. All rungs run once in each round, one after the other, and each

@@ -1,6 +1,6 @@
 """Pictures per second of a training step: ours, with and without the cache, and theirs.
 
-    python tools/benchmarks/bench_training.py                        the book's sizes, on the CPU
+    python tools/benchmarks/bench_training.py  the book's sizes, on the CPU
     python tools/benchmarks/bench_training.py --gpu --mixed_precision bf16
     python tools/benchmarks/bench_training.py --gpu --sizes sd15 --batch_size 8
 

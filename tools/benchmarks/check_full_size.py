@@ -1,8 +1,8 @@
 """Stable Diffusion 1.5 at full size, ours beside diffusers: the same picture? How much
 memory?
 
-    python tools/benchmarks/check_full_size.py                 4.3 GB of weights, some minutes
-    python tools/benchmarks/check_full_size.py --toy --size 64    the same, tiny, in seconds
+    tools/benchmarks/check_full_size.py                  4.3 GB of weights, some minutes
+    tools/benchmarks/check_full_size.py --toy --size 64  the same, tiny, in seconds
 
 Makes random weights of SD 1.5's architecture in a temporary folder, which is removed
 again (--folder keeps them elsewhere). Then ours and diffusers each open that folder
@@ -192,7 +192,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f", {found['share_of_the_range']:.2e} of their range")
     given = sys.argv[1:] if arguments is None else arguments
     record = {
-        "command": shlex.join(["python", "tools/benchmarks/check_full_size.py", *given]),
+        "command": shlex.join(
+            ["python", "tools/benchmarks/check_full_size.py", *given]
+        ),
         "machine": f"{platform.platform()}, {os.cpu_count()} CPU cores",
         "versions": {
             name: version(name) for name in ("torch", "diffusers", "transformers")

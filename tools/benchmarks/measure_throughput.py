@@ -1,7 +1,7 @@
 """How fast this machine trains the UNet, and what share of its arithmetic that uses.
 
-    python tools/benchmarks/measure_throughput.py                 some minutes on two CPU cores
-    python tools/benchmarks/measure_throughput.py --gpu           one GPU, larger batches
+    python tools/benchmarks/measure_throughput.py        some minutes on two CPU cores
+    python tools/benchmarks/measure_throughput.py --gpu  one GPU, larger batches
 
 Every row is the whole step of `sdbook train` (loss, backward, clipping, AdamW, average)
 on latents and texts that lie ready. Its arithmetic is counted by PyTorch's

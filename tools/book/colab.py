@@ -1,7 +1,7 @@
 """Give every chapter the cell that gets it ready in Colab.
 
-    python tools/book/colab.py            write the cell into the chapters
-    python tools/book/colab.py --check    change nothing, name the chapters without it
+    python tools/book/colab.py          write the cell into the chapters
+    python tools/book/colab.py --check  change nothing, name the chapters without it
 
 The cell comes right after the card. It asks whether it is in Colab, and does nothing
 anywhere else; the pages leave it out. The repository's address comes from _config.yml.

@@ -1,11 +1,11 @@
 """Run the chapters from top to bottom and keep their outputs.
 
-    python tools/book/execute.py                              all chapters
-    python tools/book/execute.py chapters/01_attention.ipynb    one of them
-    python tools/book/execute.py --check                      keep nothing, name the
-                                                         cells that would change
-    python tools/book/execute.py --measure chapters/01_…      and write onto the card how
-                                                         long it ran, in how much memory
+    tools/book/execute.py                              all chapters
+    tools/book/execute.py chapters/01_attention.ipynb  one of them
+    tools/book/execute.py --check                      keep nothing, name the
+                                                       cells that would change
+    tools/book/execute.py --measure chapters/01_…      and write onto the card how
+                                                       long it ran, in how much memory
 
 Each chapter runs in a fresh kernel. What differs from run to run without meaning
 anything is taken out of the outputs (execution counts, progress bars, addresses,

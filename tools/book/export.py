@@ -1,18 +1,19 @@
 """Write the package sdbook/ from the chapters.
 
-    python tools/book/export.py                             all chapters
-    python tools/book/export.py chapters/01_attention.ipynb   what this chapter writes
-    python tools/book/export.py --check                     change nothing, fail if
-                                                       anything would change
+    tools/book/export.py                              all chapters
+    tools/book/export.py chapters/01_attention.ipynb  what this chapter writes
+    tools/book/export.py --check                      change nothing, fail if
+                                                      anything would change
 
 Three directives, nbdev's, each the first line of its cell:
 
     #| default_exp attention    this chapter writes sdbook/attention.py
     #| export                   this cell goes into that module
-    #| export weights           this cell goes into sdbook/weights.py instead
+    #| export training.vae      this cell goes into sdbook/training/vae.py instead
 
 The imports of all cells move to the top of the module. `from sdbook.x import y`
-becomes `from .x import y`. The chapter's title becomes the module's docstring,
+becomes `from .x import y`. A method with `@add_to(Class)` above it (sdbook/notebook.py)
+moves to the end of its class. The chapter's title becomes the module's docstring,
 and `__all__` lists the public names in the order in which they are defined.
 """
 
@@ -25,18 +26,27 @@ import re
 import subprocess
 import sys
 import textwrap
+import tokenize
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "sdbook"
-WRITTEN_BY_HAND = {"__init__.py", "__main__.py"}
+WRITTEN_BY_HAND = ["__init__.py", "__main__.py", "notebook.py", "data.py"]
+WRITTEN_BY_HAND += ["training/__init__.py", "run/*.py"]
+GENERATED = "\nGenerated from "
 LINE_LENGTH = 88
 
 DIRECTIVE = re.compile(r"#\| (default_exp|export)(?: (\S+))?\s*$")
 LOOKS_LIKE_DIRECTIVE = re.compile(r"\s*#\s*\|")
 MAGIC = re.compile(r"\s*(%|!|\?)|[^#'\"]*=\s*(%|!)\s*\w|[^#'\"]*\w\?+\s*$")
-IMPORT_SDBOOK = re.compile(rf"from\s+{PACKAGE}(?:\.(\w+))?\s+import\b")
+MODULE = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*")
+IMPORT_SDBOOK = re.compile(rf"from\s+{PACKAGE}[\w.]*\s+import\b")
+# Python reads these while it makes a class, which is too early for `@add_to`.
+NOT_LATER = {"__new__", "__init_subclass__", "__class_getitem__", "__post_init__"}
+NOT_LATER |= {"__eq__", "__set_name__"}
 # jaxtyping writes shapes as strings inside annotations: Float[Tensor, "b c h w"].
 # They are no names, although to a linter they look like forward references.
 SHAPED = {"Float", "Float16", "Float32", "Float64", "Int", "Int32", "Int64", "UInt8"}
@@ -74,13 +84,36 @@ class Chapter:
         return list(dict.fromkeys(name for name, _ in self.exports))
 
 
+class Line(NamedTuple):
+    """A line of a module, and where it comes from."""
+
+    text: str
+    cell: Cell | None = None
+    number: int = 0
+
+
 @dataclass
 class Module:
-    """A module of the package, put together from cells."""
+    """A module of the package, put together from cells.
+
+    In `body` each class is followed by the list of what later cells add to it.
+    """
 
     name: str
+    title: str
+    sources: str
+    imports: list[tuple[str, Cell]] = field(default_factory=list)
+    names: dict[str, Cell] = field(default_factory=dict)
+    members: dict[str, dict[str, Cell]] = field(default_factory=dict)
+    added: dict[str, list[Line]] = field(default_factory=dict)
+    body: list[Line | list[Line]] = field(default_factory=list)
     text: str = ""
     problems: list[str] = field(default_factory=list)
+
+
+def file_of(name: str) -> str:
+    """`sdbook/training/loop.py` for `training.loop`."""
+    return f"{PACKAGE}/{name.replace('.', '/')}.py"
 
 
 # Reading a chapter ------------------------------------------------------------
@@ -158,8 +191,12 @@ def read_cell(chapter: Chapter, id_: str, lines: list[str]) -> None:
     if not directive:
         return
     kind, name = directive.groups()
-    if name is not None and not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        refuse(0, f"`{name}` is no name for a module; use a word like `attention`")
+    if name is not None and not MODULE.fullmatch(name):
+        refuse(
+            0,
+            f"`{name}` is no name for a module; use a word like `attention`, or "
+            "`training.loop` for a module in a folder",
+        )
     elif kind == "default_exp":
         if name is None:
             refuse(0, "`#| default_exp` needs the name of a module")
@@ -177,8 +214,12 @@ def read_cell(chapter: Chapter, id_: str, lines: list[str]) -> None:
             )
         else:
             chapter.default = name
-    elif chapter.default is None:
-        refuse(0, f"`{lines[0].strip()}` comes before `#| default_exp`; put that first")
+    elif name is None and chapter.default is None:
+        refuse(
+            0,
+            "`#| export` comes before `#| default_exp`; put that first, or name the "
+            "module here (`#| export attention`)",
+        )
     else:
         for number, line, what in faults(lines):
             refuse(number, f"`{line.strip()}`: {what}")
@@ -198,29 +239,70 @@ def faults(lines: list[str]):
             yield number, lines[number], f"{error.msg}; correct the cell"
         return
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            if any(alias.name == "*" for alias in node.names):
-                yield node.lineno - 1, lines[node.lineno - 1], (
-                    "a star import; name what you need"
-                )
-            elif node.level:
-                yield node.lineno - 1, lines[node.lineno - 1], (
-                    "a relative import does not work in a notebook; "
-                    f"write `from {PACKAGE}.x import y`"
-                )
-        elif isinstance(node, ast.Import):
-            if any(a.name.split(".")[0] == PACKAGE for a in node.names):
-                yield node.lineno - 1, lines[node.lineno - 1], (
-                    f"write `from {PACKAGE}.x import y`, which can be made relative"
-                )
-        elif isinstance(node, ast.Name) and node.id == "get_ipython":
+        what = fault_of(node)
+        if what:
+            yield node.lineno - 1, lines[node.lineno - 1], what
+    methods = [node for node in tree.body if class_of(node)]
+    decorators = [id(method.decorator_list[0].func) for method in methods]
+    for node in ast.walk(tree):
+        if getattr(node, "id", "") == "add_to" and id(node) not in decorators:
             yield node.lineno - 1, lines[node.lineno - 1], (
+                "`@add_to(Class)` belongs above a `def` that is not indented, and "
+                "above its other decorators"
+            )
+    for line, what in (fault for m in methods for fault in faults_of_method(m)):
+        yield line - 1, lines[line - 1], what
+
+
+def fault_of(node: ast.AST) -> str | None:
+    """What is wrong with a piece of code wherever it stands."""
+    match node:
+        case ast.ImportFrom(module="sdbook.notebook"):
+            return "a help for notebooks; import it in a cell without `#| export`"
+        case ast.ImportFrom(names=[ast.alias("*")]):
+            return "a star import; name what you need"
+        case ast.ImportFrom(level=level) if level:
+            return (
+                "a relative import does not work in a notebook; "
+                f"write `from {PACKAGE}.x import y`"
+            )
+        case ast.Import(names) if any(a.name.split(".")[0] == PACKAGE for a in names):
+            return f"write `from {PACKAGE}.x import y`, which can be made relative"
+        case ast.Name("get_ipython"):
+            return (
                 "`get_ipython` exists only in a notebook; leave it out of the package"
             )
-        elif isinstance(node, ast.Name) and node.id == "__all__":
-            yield node.lineno - 1, lines[node.lineno - 1], (
-                "`__all__` is written by the export; start private names with `_`"
-            )
+        case ast.Name("__all__"):
+            return "`__all__` is written by the export; start private names with `_`"
+    return None
+
+
+def class_of(node: ast.stmt) -> str | None:
+    """The class of a function whose first decorator is `@add_to(Class)`."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        match node.decorator_list:
+            case [ast.Call(ast.Name("add_to"), [ast.Name(name)], []), *_]:
+                return name
+    return None
+
+
+def faults_of_method(method: ast.FunctionDef):
+    """What a method would mean otherwise once it stands in its class: (line, what)."""
+    name = class_of(method)
+    if method.name in NOT_LATER:
+        yield method.lineno, "Python needs it from the start; write it in the class"
+    for node in ast.walk(method):
+        word = getattr(node, "id", getattr(node, "attr", None))
+        match node:
+            case ast.Call(ast.Name("super"), []) | ast.Name("__class__"):
+                yield node.lineno, (
+                    f"works only inside a class; write `super({name}, self)`, or the "
+                    "method in the cell of the class"
+                )
+            case ast.Name() | ast.Attribute() if re.match(r"__\w*[^_]_?$", word):
+                yield node.lineno, (
+                    f"`{word}` means something else inside a class; start it with one _"
+                )
 
 
 # Writing a module -------------------------------------------------------------
@@ -228,57 +310,120 @@ def faults(lines: list[str]):
 
 def build_module(name: str, chapters: list[Chapter]) -> Module:
     """Put the cells of all chapters that write to `name` together, and check them."""
-    module = Module(name)
     writers = [chapter for chapter in chapters if name in chapter.modules]
     owner = next((c for c in writers if c.default == name), writers[0])
-    title, sources = owner.title or name, ", ".join(c.path for c in writers)
-    imports: list[tuple[str, Cell]] = []
-    body: list[tuple[str, Cell | None, int]] = []
-    names: dict[str, Cell] = {}
+    sources = ", ".join(chapter.path for chapter in writers)
+    module = Module(name, owner.title or name, sources)
     for cell in (cell for c in writers for n, cell in c.exports if n == name):
-        tree = ast.parse("\n".join(cell.lines))
-        lines = relative_imports(tree, cell, module)
-        first = tree.body[0] if tree.body else None
-        if is_docstring(first) and not body and not imports:
-            # The module introduces itself: chapter 05 writes two.
-            title = ast.get_docstring(tree)
-            tree.body.pop(0)
-            take(lines, first)
-        for node in tree.body:
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                imports.append((take(lines, node), cell))
-        for defined in top_level_names(tree):
-            if defined in names:
-                module.problems.append(
-                    f"{cell.where()}: `{defined}` is already exported to "
-                    f"{PACKAGE}/{name}.py by {names[defined].where()}; export only "
-                    "the finished form"
-                )
-            names.setdefault(defined, cell)
-        numbered = enumerate(lines)
-        kept = [(line, cell, number) for number, line in numbered if line is not None]
-        while kept and not kept[0][0].strip():
-            kept.pop(0)
-        while kept and not kept[-1][0].strip():
-            kept.pop()
-        if kept:
-            body += [("", None, 0), ("", None, 0), *kept]
-    header = docstring(title, sources)
-    if imports:
-        header += sort_imports("\n".join(text for text, _ in imports)) + "\n\n"
-    header += dunder_all([n for n in names if not n.startswith("_")])
-    module.text = header + "".join(f"{line.rstrip()}\n" for line, _, _ in body)
+        add_cell(module, cell)
+    header = docstring(module.title, sources)
+    if module.imports:
+        header += sort_imports("\n".join(text for text, _ in module.imports)) + "\n\n"
+    header += dunder_all([n for n in module.names if not n.startswith("_")])
+    parts = (part if isinstance(part, list) else [part] for part in module.body)
+    body = [line for part in parts for line in part]
+    module.text = header + "".join(f"{line.text.rstrip()}\n" for line in body)
     offset = header.count("\n")
     for row, code, message in lint(module.text):
         if code == "F811" and module.problems:
             continue  # said above, with more to go by
-        if row > offset and body[row - offset - 1][1] is not None:
-            _, cell, number = body[row - offset - 1]
-            place = cell.where(number)
+        line = body[row - offset - 1] if row > offset else Line("")
+        if line.cell is not None:
+            place = line.cell.where(line.number)
         else:
-            place = blame(message, imports) or f"{PACKAGE}/{name}.py, line {row}"
-        module.problems.append(f"{place}: {explain(code, message, name)}")
+            place = blame(message, module.imports) or f"{file_of(name)}, line {row}"
+        module.problems.append(f"{place}: {explain(code, message, module)}")
     return module
+
+
+def add_cell(module: Module, cell: Cell) -> None:
+    """Add a cell: its imports, what it adds to classes, and the rest."""
+    tree = ast.parse("\n".join(cell.lines))
+    lines = relative_imports(tree, cell, module)
+    first = tree.body[0] if tree.body else None
+    if is_docstring(first) and not module.body and not module.imports:
+        # The module introduces itself: chapter 05 writes two.
+        module.title = ast.get_docstring(tree)
+        take(lines, tree.body.pop(0))
+    ends = {}
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module.imports.append((take(lines, node), cell))
+        elif class_of(node):
+            add_method(module, cell, lines, node)
+            continue
+        for defined in top_level_names([node]):
+            if defined in module.names:
+                module.problems.append(
+                    f"{cell.where()}: `{defined}` is already exported to "
+                    f"{file_of(module.name)} by {module.names[defined].where()}; "
+                    "export only the finished form"
+                )
+            module.names.setdefault(defined, cell)
+        if isinstance(node, ast.ClassDef) and node.name not in module.members:
+            module.members[node.name] = {n: cell for n in top_level_names(node.body)}
+            ends[node.end_lineno - 1] = module.added[node.name] = []
+    while lines and not (lines[-1] or "").strip():
+        lines.pop()
+    kept = []
+    for number, line in enumerate(lines):
+        if line is not None and (kept or line.strip()):
+            kept.append(Line(line, cell, number))
+        if number in ends:
+            kept.append(ends[number])
+    if kept:
+        module.body += [Line(""), Line(""), *kept]
+
+
+def add_method(
+    module: Module, cell: Cell, lines: list[str | None], node: ast.FunctionDef
+) -> None:
+    """Move a method from its cell to the end of its class."""
+    owner, decorators = class_of(node), node.decorator_list
+    members = module.members.get(owner)
+    live = f"{owner}.{node.name}."  # in a notebook, `@Class.name.setter`
+    is_setter = any(ast.unparse(d).startswith(live) for d in decorators)
+    what = None
+    if members is None:
+        what = (
+            f"{file_of(module.name)} has no class `{owner}` up to here; a class can "
+            "go on only in the module that it begins in, and after that"
+        )
+    elif node.name in members and not is_setter:
+        what = (
+            f"`{owner}.{node.name}` is already defined by "
+            f"{members[node.name].where()}; export only the finished form"
+        )
+    if what:
+        module.problems.append(f"{cell.where(node.lineno - 1)}: {what}")
+        return
+    members[node.name] = cell
+    first, last = first_row(lines, node), node.end_lineno
+    while last < len(lines) and (not lines[last].strip() or lines[last][0].isspace()):
+        last += 1  # the blank lines below, and comments that belong to the method
+    as_it_is = inside_strings(cell, node)
+    text = [Line("")]
+    for row in range(first, last):
+        if not decorators[0].lineno - 1 <= row < decorators[0].end_lineno:
+            indent = "" if row in as_it_is else "    "
+            line = lines[row].replace(f"@{live}", f"@{node.name}.")
+            text.append(Line(indent + line, cell, row))
+    while not text[-1].text.strip():
+        text.pop()
+    module.added[owner] += text
+    lines[first:last] = [None] * (last - first)
+
+
+def inside_strings(cell: Cell, node: ast.FunctionDef) -> set[int]:
+    """The rows that begin inside a string, which an indent would change."""
+    kinds = (tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", None))
+    rows = set()
+    for token in tokenize.generate_tokens(StringIO("\n".join(cell.lines)).readline):
+        if token.type in kinds:
+            rows |= set(range(token.start[0], token.end[0]))
+    if is_docstring(node.body[0]):
+        rows -= set(range(node.body[0].lineno, node.body[0].end_lineno))
+    return rows
 
 
 def is_docstring(node: ast.stmt | None) -> bool:
@@ -301,7 +446,7 @@ def relative_imports(
         parts = (node.module or "").split(".")
         if parts[0] != PACKAGE:
             continue
-        if parts[1:] == [module.name]:
+        if ".".join(parts[1:]) == module.name:
             module.problems.append(
                 f"{cell.where(node.lineno - 1)}: imports from {PACKAGE}.{module.name}, "
                 "the module that it is exported to; move the import to a cell "
@@ -309,24 +454,37 @@ def relative_imports(
             )
         row = node.lineno - 1
         start = len(lines[row].encode()[: node.col_offset].decode())
+        source = relative(parts[1:], module.name.split(".")[:-1])
         lines[row] = lines[row][:start] + IMPORT_SDBOOK.sub(
-            lambda match: f"from .{match[1] or ''} import", lines[row][start:], count=1
+            f"from {source} import", lines[row][start:], count=1
         )
     return lines
 
 
-def take(lines: list[str | None], node: ast.stmt) -> str:
-    """Take a statement and the comment right above it out of a cell."""
-    first = node.lineno - 1
+def relative(source: list[str], folder: list[str]) -> str:
+    """How a module in a folder of the package calls another: `..run.settings`."""
+    shared = len(os.path.commonprefix([source, folder]))
+    return "." * (1 + len(folder) - shared) + ".".join(source[shared:])
+
+
+def first_row(lines: list[str | None], node: ast.stmt) -> int:
+    """Where a statement begins, with its decorators and the comment right above it."""
+    first = min(n.lineno for n in (node, *getattr(node, "decorator_list", []))) - 1
     while first > 0 and (lines[first - 1] or "").startswith("#"):
         first -= 1
+    return first
+
+
+def take(lines: list[str | None], node: ast.stmt) -> str:
+    """Take a statement and the comment right above it out of a cell."""
+    first = first_row(lines, node)
     taken = lines[first : node.end_lineno]
     lines[first : node.end_lineno] = [None] * len(taken)
     return "\n".join(line for line in taken if line is not None)
 
 
-def top_level_names(tree: ast.Module) -> list[str]:
-    """The names that a module defines (not those it imports), in order."""
+def top_level_names(statements: list[ast.stmt]) -> list[str]:
+    """The names that statements define (not those they import), in order."""
     names: dict[str, None] = {}
 
     def visit(statements: list[ast.stmt]) -> None:
@@ -344,13 +502,13 @@ def top_level_names(tree: ast.Module) -> list[str]:
                 for handler in getattr(node, "handlers", []):
                     visit(handler.body)
 
-    visit(tree.body)
+    visit(statements)
     return list(names)
 
 
 def docstring(title: str, sources: str) -> str:
     """The docstring that opens a module."""
-    text = f"{title}\n\nGenerated from {sources}; do not edit."
+    text = f"{title}\n{GENERATED}{sources}; do not edit."
     text = text.replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
     lines = [
         part
@@ -433,14 +591,16 @@ def blame(message: str, imports: list[tuple[str, Cell]]) -> str | None:
     return None
 
 
-def explain(code: str, message: str, name: str) -> str:
+def explain(code: str, message: str, module: Module) -> str:
     """Ruff's message with the remedy."""
     remedies = {
-        "F821": f"; {PACKAGE}/{name}.py neither defines nor imports it: export the "
+        "F821": f"; {file_of(module.name)} neither defines nor imports it: export the "
         "cell that does, or pass it as an argument",
         "F401": "; import it in a cell without `#| export`, or not at all",
         "E501": "; break the line",
     }
+    if code == "F821" and message.split("`")[1] in module.names:
+        remedies[code] = " at this place, although it is defined further below"
     return f"{message}{remedies.get(code, f' (ruff {code})')}"
 
 
@@ -449,7 +609,7 @@ def explain(code: str, message: str, name: str) -> str:
 
 def check_imports(modules: dict[str, Module], package: Path) -> None:
     """Every `from .x import y` must find its y."""
-    texts = {path.stem: path.read_text("utf-8") for path in package.glob("*.py")}
+    texts = {name_of(p, package): p.read_text("utf-8") for p in package.rglob("*.py")}
     texts |= {name: module.text for name, module in modules.items()}
     trees = {}
     for name, text in texts.items():
@@ -459,26 +619,36 @@ def check_imports(modules: dict[str, Module], package: Path) -> None:
             continue
     for name, module in modules.items():
         for node in ast.walk(trees[name]) if name in trees else ():
-            if not isinstance(node, ast.ImportFrom) or node.level != 1:
+            if not isinstance(node, ast.ImportFrom) or not node.level:
                 continue
-            source = node.module or "__init__"
-            if node.module and source not in texts:
+            folder = name.split(".")[: -node.level]
+            source = ".".join([*folder, *(node.module or "").split(".")]).strip(".")
+            if source not in texts:
                 module.problems.append(
-                    f"{PACKAGE}/{name}.py imports from {PACKAGE}.{source}, "
+                    f"{file_of(name)} imports from {PACKAGE}.{source}, "
                     "which no chapter writes; correct the name or export that module"
                 )
                 continue
-            known = set(top_level_names(trees[source])) if source in trees else None
+            known = known_in(texts[source], trees.get(source))
+            known |= {n.split(".")[-1] for n in texts if n.rpartition(".")[0] == source}
             for alias in node.names:
-                if known is None or alias.name in known:
-                    continue
-                if source == "__init__" and alias.name in {*texts, "StableDiffusion"}:
-                    continue
-                module.problems.append(
-                    f"{PACKAGE}/{name}.py imports `{alias.name}` from "
-                    f"{PACKAGE}.{source}, which does not define it; "
-                    "correct the name or export the cell that defines it"
-                )
+                if alias.name not in known and "__getattr__" not in known:
+                    module.problems.append(
+                        f"{file_of(name)} imports `{alias.name}` from "
+                        f"{PACKAGE}.{source}, which does not define it; "
+                        "correct the name or export the cell that defines it"
+                    )
+
+
+def known_in(text: str, tree: ast.Module | None) -> set[str]:
+    """What can be imported from a module; one written by hand may also hand on."""
+    if tree is None:
+        return {"__getattr__"}
+    names = set(top_level_names(tree.body))
+    if GENERATED not in text:
+        imports = (n for n in tree.body if isinstance(n, ast.ImportFrom))
+        names |= {alias.asname or alias.name for n in imports for alias in n.names}
+    return names
 
 
 def strays(modules: set[str], package: Path) -> list[str]:
@@ -487,9 +657,15 @@ def strays(modules: set[str], package: Path) -> list[str]:
         f"{PACKAGE}/{path.relative_to(package).as_posix()}: no chapter writes it; "
         "delete it, or write it in a chapter (`#| default_exp`)"
         for path in sorted(package.rglob("*.py"))
-        if path.parent != package or path.stem not in modules
-        if path.relative_to(package).as_posix() not in WRITTEN_BY_HAND
+        if name_of(path, package) not in modules or path.stem == "__init__"
+        if not any(path.match(f"{PACKAGE}/{by_hand}") for by_hand in WRITTEN_BY_HAND)
     ]
+
+
+def name_of(path: Path, package: Path) -> str:
+    """`training.loop` for sdbook/training/loop.py; the package itself is ``."""
+    parts = path.relative_to(package).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def write(path: Path, text: str) -> bool:
@@ -555,18 +731,23 @@ def main(arguments: list[str] | None = None) -> int:
     check_imports(modules, package)
     written = 0
     for name, module in modules.items():
-        path = package / f"{name}.py"
-        if module.problems:
+        path = options.root / file_of(name)
+        if path.exists() and GENERATED not in path.read_text(encoding="utf-8"):
+            problems.append(
+                f"{file_of(name)} is written by hand; {module.sources} must name "
+                "another module"
+            )
+        elif module.problems:
             problems += module.problems
         elif not options.check:
             if write(path, module.text):
-                print(f"wrote {PACKAGE}/{name}.py")
+                print(f"wrote {file_of(name)}")
                 written += 1
         elif not path.exists():
-            problems.append(f"{PACKAGE}/{name}.py is missing; run `make export`")
+            problems.append(f"{file_of(name)} is missing; run `make export`")
         elif path.read_text(encoding="utf-8") != module.text:
             problems.append(
-                f"{PACKAGE}/{name}.py is not what the chapters say; change the "
+                f"{file_of(name)} is not what the chapters say; change the "
                 "chapter, not the module, and run `make export`\n"
                 + difference(path, module.text)
             )

@@ -1,6 +1,6 @@
 """What each sampler does with a given number of steps, on a trained model.
 
-    python tools/experiments/compare_samplers.py                       writes data/runs/samplers/
+    python tools/experiments/compare_samplers.py  writes data/runs/samplers/
     python tools/experiments/compare_samplers.py --prompts 2 --steps 5 10
 
 All samplers start from the same noises. Two measures: how many pictures show what
@@ -114,7 +114,9 @@ def main(arguments: list[str] | None = None) -> int:
         )
 
     record = {
-        "command": shlex.join(["python", "tools/experiments/compare_samplers.py", *given]),
+        "command": shlex.join(
+            ["python", "tools/experiments/compare_samplers.py", *given]
+        ),
         "model": Path(options.model).name,
         "pictures": len(texts),
         "pictures_for_error": few,

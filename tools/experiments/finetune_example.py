@@ -1,7 +1,7 @@
 """Teach the shipped model something that it never saw, and measure what it cost.
 
-    python tools/experiments/finetune_example.py                   a colour: teal
-    python tools/experiments/finetune_example.py --lesson ring     a shape
+    python tools/experiments/finetune_example.py                a colour: teal
+    python tools/experiments/finetune_example.py --lesson ring  a shape
 
 Ten pictures, each with a caption, teach it in three ways (chapter 12): a LoRA that
 rehearses what the model drew before, a LoRA that does not, and a new word alone.
@@ -226,7 +226,9 @@ def main(arguments: list[str] | None = None) -> int:
     options.output_dir.mkdir(parents=True, exist_ok=True)
     facts = {k: v for k, v in vars(options).items() if not k.endswith("_dir")}
     result = {
-        "command": " ".join(["python", "tools/experiments/finetune_example.py", *given]),
+        "command": " ".join(
+            ["python", "tools/experiments/finetune_example.py", *given]
+        ),
         "settings": facts,
         "threads": torch.get_num_threads(),
         "seconds": seconds,

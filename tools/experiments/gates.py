@@ -1,6 +1,6 @@
 """Check a model stage by stage, since a later stage hides an earlier one's fault.
 
-    python tools/experiments/gates.py                                gates 1 and 2, shipped model
+    python tools/experiments/gates.py  gates 1 and 2, shipped model
     sdbook train --config sdbook/configs/scenes-overfit-cpu.yaml
     python tools/experiments/gates.py runs/overfit --gate 3
 

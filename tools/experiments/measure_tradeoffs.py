@@ -1,8 +1,9 @@
 """What accuracy costs: guidance, averaged weights, hours of training.
 
-    python tools/experiments/measure_tradeoffs.py                              guidance
-    python tools/experiments/measure_tradeoffs.py --only ema --ema_run runs/unet
-    python tools/experiments/measure_tradeoffs.py --only training --stages 270=data/runs/evaluation
+    tools/experiments/measure_tradeoffs.py  guidance
+    tools/experiments/measure_tradeoffs.py --only ema --ema_run runs/unet
+    tools/experiments/measure_tradeoffs.py --only training \
+        --stages 270=data/runs/evaluation
 
 Writes guidance.json, ema.json and training.json to data/runs/tradeoffs/, which chapter
 11 draws. Accuracy is chapter 11's: prompts of each kind, read by the judge. Diversity

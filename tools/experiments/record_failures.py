@@ -1,7 +1,7 @@
 """Train four small UNets: one as it should be, and three in which something is wrong.
 
-    python tools/experiments/record_failures.py              a quarter of an hour on two CPU cores
-    python tools/experiments/record_failures.py --only deaf  one of them again
+    tools/experiments/record_failures.py              15 minutes on two CPU cores
+    tools/experiments/record_failures.py --only deaf  one of them again
 
 Each is `sdbook train --config sdbook/configs/cpu-minutes.yaml` with one flag changed.
 Chapter 13 shows what they wrote: data/runs/failures/NAME.jsonl is the log, NAME.png

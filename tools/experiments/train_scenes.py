@@ -1,10 +1,10 @@
 """Train the model that ships with the book: VAE, CLIP, UNet, one after the other.
 
 The UNet is trained twice: on scenes of one thing, then on all. In between it has to
-learn 500 scenes by heart, as a check of all that comes before (tools/experiments/gates.py).
+learn 500 scenes by heart, as a check of all that comes before (gates.py).
 
-    python tools/experiments/train_scenes.py                a computer without a GPU: some hours
-    python tools/experiments/train_scenes.py --gpu          one GPU with bfloat16, larger
+    python tools/experiments/train_scenes.py        a computer without a GPU: some hours
+    python tools/experiments/train_scenes.py --gpu  one GPU with bfloat16, larger
 
 Started again, it goes on where it was stopped. Checkpoints and caches go to runs/.
 At the end data/models/scenes/ holds the model in float16, data/runs/ the recorded
@@ -34,7 +34,8 @@ def sdbook(*arguments: str) -> None:
 
 def check(*arguments: str) -> None:
     """Say whether a gate is passed; go on in any case."""
-    command = [sys.executable, str(ROOT / "tools" / "experiments" / "gates.py"), *arguments]
+    gates = ROOT / "tools" / "experiments" / "gates.py"
+    command = [sys.executable, str(gates), *arguments]
     print("\n" + shlex.join(command), flush=True)
     subprocess.run(command)
 
