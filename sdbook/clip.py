@@ -33,7 +33,6 @@ __all__ = [
     "learn_vocabulary",
     "write_older_files",
     "fit_to_length",
-    "TokenizerFiles",
     "Tokenizer",
     "CLIPTextConfig",
     "CLIPEmbeddings",
@@ -172,8 +171,11 @@ def fit_to_length(backend, text: str, max_length: int) -> list[int]:
     return ids + [end] * (max_length - len(ids))
 
 
-class TokenizerFiles:
-    """How a tokenizer comes about, from captions or a folder, and is kept."""
+class Tokenizer:
+    """Texts to rows of token ids: CLIP's byte-pair encoding, padded to one length.
+
+    A face for `transformers.CLIPTokenizer`, which is `.backend`.
+    """
 
     def __init__(self, backend):
         self.backend = backend
@@ -206,13 +208,6 @@ class TokenizerFiles:
 
     def __len__(self) -> int:
         return len(self.backend)
-
-
-class Tokenizer(TokenizerFiles):
-    """Texts to rows of token ids: CLIP's byte-pair encoding, padded to one length.
-
-    A face for `transformers.CLIPTokenizer`, which is `.backend`.
-    """
 
     def __call__(self, texts: str | list[str]) -> Int64[Tensor, "b n"]:
         """Ids `(b, max_length)`; warns, naming the words, where a text is cut."""

@@ -52,26 +52,7 @@ from .clip import (
     contrastive_loss,
     quick_gelu,
 )
-from .data import (
-    COLOURS,
-    KINDS,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    CaptionedImages,
-    CaptionedShards,
-    Crowds,
-    Cut,
-    Request,
-    Scene,
-    Scenes,
-    ShardSteps,
-    arrange,
-    describe,
-    draw,
-    is_held_out,
-    to_pixels,
-)
+from .images import CaptionedImages, CaptionedShards, Cut, to_pixels
 from .pipeline import (
     StableDiffusion,
     check_tokenizer,
@@ -81,6 +62,21 @@ from .pipeline import (
     to_pictures,
 )
 from .resblocks import ResBlock
+from .scenes import (
+    COLOURS,
+    KINDS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    CrowdedScenes,
+    Request,
+    Scene,
+    Scenes,
+    arrange,
+    describe,
+    draw,
+    is_held_out,
+)
 from .schedulers import DDIMScheduler
 from .unet import UNet, UNetConfig, start_as_identity
 from .vae import AutoencoderKL, DiagonalGaussian, VAEConfig
@@ -792,7 +788,7 @@ class Twins(Dataset):
         rng = np.random.default_rng((self.scenes.seed, 7, index))
         twin, said, other = invent_twin(scene, rng)
         pictures = (
-            draw(things, scene.background, self.scenes.size)
+            draw(things, scene.background, self.scenes.side)
             for things in (scene.things, arrange(twin, rng))
         )
         return tuple(
@@ -1529,8 +1525,8 @@ def step_loader(run: Run, dataset: Dataset, collate=None) -> DataLoader:
     config = run.config
     if isinstance(dataset, CaptionedShards):
         parts = config.gradient_accumulation_steps
-        batches = ShardSteps(
-            dataset, config.batch_size, config.seed, run.first * parts,
+        batches = dataset.steps(
+            config.batch_size, config.seed, run.first * parts,
             config.max_steps * parts, run.rank, run.world,
         )  # fmt: skip
         return DataLoader(
@@ -1839,7 +1835,9 @@ def train_vae(config: VAETrainingConfig) -> AutoencoderKL | None:
     if isinstance(dataset, CaptionedShards):
         held = list(islice(held, 256))  # a stream has no numbers
     crowds = isinstance(dataset, Scenes)
-    shown = Crowds(config.image_size, config.seed, len(dataset)) if crowds else dataset
+    shown = dataset
+    if crowds:
+        shown = CrowdedScenes(config.image_size, config.seed, len(dataset))
     vae = new_vae(config)
     side = config.image_size
     pixels = torch.empty(config.batch_size, 3, side, side, device="meta")
@@ -2145,7 +2143,7 @@ class MissingInShards(IterableDataset):
             for look in range(cut.looks):
                 key = look_key(content, cut, name, look)
                 if key in self.wanted:
-                    yield key, self.dataset.read(name, data, look)
+                    yield key, self.dataset.decode(name, data, look)
 
 
 BATCH_PIXELS = 2**19  # fits into any memory: 128 pictures of 64 × 64, 2 of 512 × 512
@@ -2179,7 +2177,7 @@ def write_moments(table: Rows, dataset, keys: list[str], vae, num_workers=0) -> 
 
 def side_of(dataset: Dataset) -> int:
     """The side of a dataset's pictures, in pixels."""
-    return dataset.size if isinstance(dataset, Scenes) else dataset.cut.size
+    return dataset.side
 
 
 def fill_cache(
@@ -2556,7 +2554,7 @@ def sheet_of(config: TrainingConfig, dataset, vae, text_encoder, tokenizer, sche
     prompts = list(config.sample_prompts or (caption for _, caption in pictures))
 
     def draw_sheet(unet):
-        from .evaluation import labelled_grid
+        from .images import labelled_grid
 
         pipe = StableDiffusion(vae, text_encoder, tokenizer, unet, scheduler)
         images = pipe(prompts, seed=config.seed, progress=False).images

@@ -406,7 +406,6 @@ def test_shards_hold_the_same_pictures_as_their_folder(
 def test_throughput_is_measured(tmp_path, monkeypatch):
     """At toy size: operations and times of each form of the step, and the peak."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.syspath_prepend(str(ROOT / "tools" / "benchmarks"))
     bench = load_tool("measure_throughput")
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)  # a minute
     flags = "--sizes tiny --batches 2 --steps 1 --rounds 1 --side 64 --output".split()

@@ -456,4 +456,4 @@ def test_half_precision_draws_nearly_the_same(pipe, dtype):
 def test_bench_measures_pipelines(capsys):
     bench = load_tool("bench")
     rows = list(bench.pipelines_beside_diffusers(small_pipeline(), rounds=1, steps=2))
-    assert all(ours > 0 and theirs > 0 for _, ours, theirs in rows)
+    assert all(min(ours + theirs) > 0 for _, ours, theirs in rows)

@@ -13,17 +13,13 @@ data/runs/speedups/<device>.json, or where --json says.
 
 import argparse
 import copy
-import json
-import os
-import platform
-import shlex
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
+from timing import in_turns, processor, ratios, write_record
 from torch import Tensor
 
 from sdbook import StableDiffusion
@@ -147,43 +143,21 @@ def rungs(
     return found
 
 
-def seconds(function: Callable, device: str) -> float:
-    """The wall-clock time of one call, the GPU's work included."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def measure(functions: dict[str, Callable], rounds: int, device: str) -> list[dict]:
+def measure(functions: dict[str, Callable], rounds: int) -> list[dict]:
     """One row for each function: median seconds, and of the first one's time."""
     reference, rows = None, []
-    for name, function in functions.items():  # the first call warms up
+    for name, function in functions.items():
         result = function().float().cpu()
         reference = result if reference is None else reference
         error = (result - reference).abs().max() / reference.abs().max()
         rows.append({"name": name, "difference": float(f"{error:.1e}")})
-    times = [[seconds(f, device) for f in functions.values()] for _ in range(rounds)]
-    for k, row in enumerate(rows):
-        ratios = sorted(one[k] / one[0] for one in times)
-        row["seconds"] = round(statistics.median(one[k] for one in times), 4)
-        row["of_plain"] = round(statistics.median(ratios), 3)
-        row["least"], row["most"] = round(ratios[0], 3), round(ratios[-1], 3)
+    times = in_turns(list(functions.values()), rounds)
+    for row, ours in zip(rows, times, strict=True):
+        of_plain = ratios(ours, times[0])
+        row["seconds"] = round(median(ours), 4)
+        row["of_plain"] = round(median(of_plain), 3)
+        row["least"], row["most"] = round(of_plain[0], 3), round(of_plain[-1], 3)
     return rows
-
-
-def processor(device: str) -> str:
-    """The name of what computes."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(one.split(":")[1].strip() for one in lines if "model name" in one)
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -213,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = []
     for batch in options.batches:
         functions = rungs(pipe, fast, compiled, batch, options.steps)
-        rows = measure(functions, options.rounds, device)
+        rows = measure(functions, options.rounds)
         results.append({"batch": batch, "rows": rows})
         print(f"\n{f'{batch} at a time':<38}{'seconds':>9}{'of plain':>10}  (range)")
         for row in rows:
@@ -222,18 +196,11 @@ def main(arguments: list[str] | None = None) -> int:
                 f"  {row['least']:.2f} to {row['most']:.2f}",
                 flush=True,
             )
-    given = sys.argv[1:] if arguments is None else arguments
-    record = {
-        "command": shlex.join(["python", "tools/benchmarks/bench_speedups.py", *given]),
-        "device": device, "processor": processor(device),
-        "machine": f"{platform.platform()}, {os.cpu_count()} CPU cores",
-        "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "model": options.model, "steps": options.steps, "rounds": options.rounds,
-        "results": results,
-    }  # fmt: skip
     path = options.json or FOLDER / f"{device}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    names = {name: getattr(options, name) for name in ("model", "steps", "rounds")}
+    kind = {"device": device, "processor": processor(device)}
+    what = {**kind, **names, "results": results}
+    write_record(path, "bench_speedups.py", arguments, device, what)
     return 0
 
 
