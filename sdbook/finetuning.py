@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .clip import CLIPTextModel, Tokenizer
+from .files import WeightsError, read_weights, write_atomically
 from .images import CaptionedImages
 from .pipeline import StableDiffusion
 from .training import (
@@ -37,7 +38,7 @@ from .training import (
     say_plan,
 )
 from .unet import UNet
-from .weights import WeightsError, build_empty, read_weights, write_atomically
+from .weights import build_empty
 
 __all__ = [
     "LowRank",

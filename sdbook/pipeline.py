@@ -21,6 +21,16 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .clip import CLIPTextConfig, CLIPTextModel, Tokenizer
+from .files import (
+    WeightsError,
+    download,
+    is_hub_id,
+    read_json,
+    read_weights,
+    save_weights,
+    write_json,
+)
+from .formats import NAMINGS, is_for_training, to_original
 from .schedulers import (
     DDIMScheduler,
     Scheduler,
@@ -31,20 +41,7 @@ from .schedulers import (
 )
 from .unet import UNet
 from .vae import AutoencoderKL
-from .weights import (
-    NAMINGS,
-    WeightsError,
-    download,
-    family,
-    is_for_training,
-    is_hub_id,
-    read_json,
-    read_weights,
-    refuse_options,
-    save_weights,
-    to_original,
-    write_json,
-)
+from .weights import family, refuse_options
 
 __all__ = [
     "guide",

@@ -52,6 +52,7 @@ from .clip import (
     contrastive_loss,
     quick_gelu,
 )
+from .files import read_weights, save_weights, write_atomically
 from .images import CaptionedImages, CaptionedShards, Cut, to_pixels
 from .pipeline import (
     StableDiffusion,
@@ -80,7 +81,7 @@ from .scenes import (
 from .schedulers import DDIMScheduler
 from .unet import UNet, UNetConfig, start_as_identity
 from .vae import AutoencoderKL, DiagonalGaussian, VAEConfig
-from .weights import build_empty, read_weights, save_weights, write_atomically
+from .weights import build_empty
 
 __all__ = [
     "StepSampler",

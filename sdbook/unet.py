@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import SpatialTransformer
+from .formats import own_weights
 from .resblocks import Downsample, ResBlock, TimestepMLP, Upsample, timestep_embedding
 from .weights import Config, Pretrained
 
@@ -328,6 +329,12 @@ class UNetParts(Pretrained, nn.Module):
         )
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def rename_on_load(
+        self, state: dict[str, Tensor], ema: bool = True
+    ) -> dict[str, Tensor]:
+        """Also read the original's names; of two copies, take the averaged."""
+        return own_weights(self, state, ema)
 
     def embed_time(self, t: Num[Tensor, "steps"]) -> Float[Tensor, "steps time_dim"]:
         """What the blocks are told of each of these timesteps."""

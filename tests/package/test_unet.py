@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from helpers import relative_error
 
+from sdbook.files import WeightsError, read_weights, save_weights
 from sdbook.unet import (
     UNet,
     UNetConfig,
@@ -15,7 +16,7 @@ from sdbook.unet import (
     pushed_channels,
     start_as_identity,
 )
-from sdbook.weights import WeightsError, load_strictly, read_weights, save_weights
+from sdbook.weights import load_strictly
 
 DOWN, CROSS_DOWN = "DownBlock2D", "CrossAttnDownBlock2D"
 UP, CROSS_UP = "UpBlock2D", "CrossAttnUpBlock2D"
