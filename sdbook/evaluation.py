@@ -6,7 +6,6 @@ Generated from chapters/11_evaluation.ipynb; do not edit.
 import functools
 import json
 import math
-import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,14 +13,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int64, UInt8
-from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .clip import CLIP, CLIPTextModel, Tokenizer
-from .data import (
+from .files import read_weights, save_weights
+from .images import labelled_grid, to_pixels
+from .pipeline import StableDiffusion, model_folders
+from .scenes import (
     BACKGROUNDS,
     COLOURS,
     KINDS,
@@ -39,10 +40,7 @@ from .data import (
     read_caption,
     say,
     stands,
-    to_pixels,
 )
-from .pipeline import StableDiffusion, model_folders
-from .weights import read_weights, save_weights
 
 __all__ = [
     "SIDE",
@@ -62,7 +60,6 @@ __all__ = [
     "scores",
     "markdown_table",
     "measures_table",
-    "labelled_grid",
     "save_report",
     "sign_test",
     "read_report",
@@ -374,26 +371,6 @@ def measures_table(measures: dict[str, dict[str, float]]) -> str:
     for name, row in measures.items():
         lines.append(f"| {name} | {row['model']:.4g} | {row['real']:.4g} |")
     return "\n".join(lines) + "\n" if measures else ""
-
-
-def labelled_grid(
-    images: list[Image.Image], labels: list[str], columns: int = 4
-) -> Image.Image:
-    """One picture of many, small ones enlarged, each with its label below it."""
-    scale = max(1, 192 // images[0].width)
-    side, font = images[0].width * scale, ImageFont.load_default(13)
-    wrapped = [textwrap.fill(label, side // 7) for label in labels]
-    margin = 8 + 16 * max(text.count("\n") + 1 for text in wrapped)
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    cell = (side + 12, side + margin + 12)
-    sheet = Image.new("RGB", (columns * cell[0], rows * cell[1]), "white")
-    pen = ImageDraw.Draw(sheet)
-    for number, (image, text) in enumerate(zip(images, wrapped, strict=True)):
-        x, y = number % columns * cell[0] + 6, number // columns * cell[1] + 6
-        sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (x, y))
-        pen.multiline_text((x, y + side + 4), text, "black", font)
-    return sheet
 
 
 def save_report(

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .clip import CLIPTextModel, Tokenizer
-from .data import CaptionedImages
+from .files import WeightsError, read_weights, write_atomically
+from .images import CaptionedImages
 from .pipeline import StableDiffusion
 from .training import (
     DiffusionLoss,
@@ -25,7 +26,6 @@ from .training import (
     RunConfig,
     as_it_is,
     caption_ids,
-    captions_of,
     check_fits,
     check_side,
     count_steps,
@@ -37,13 +37,12 @@ from .training import (
     say_plan,
 )
 from .unet import UNet
-from .weights import WeightsError, build_empty, read_weights, write_atomically
+from .weights import build_empty
 
 __all__ = [
     "LowRank",
     "ATTENTION_MAPS",
     "lora_layers",
-    "HookedPairs",
     "LoRA",
     "LORA_FILE",
     "LORA_PARTS",
@@ -61,12 +60,12 @@ __all__ = [
     "encode",
     "loss_for",
     "WithText",
-    "Worded",
+    "LatentsWithIds",
     "empty_parts",
     "say_finetuning",
     "LoRATrainingConfig",
     "draw_class",
-    "Both",
+    "NewAndPrior",
     "PriorLoss",
     "what_moves",
     "say_lora",
@@ -133,11 +132,14 @@ def lora_layers(model: nn.Module, layers: str = "attention") -> dict[str, nn.Mod
     }
 
 
-class HookedPairs(nn.Module):
-    """A pair for each of some layers of a model, whose hooks add what the pairs say.
+class LoRA(nn.Module):
+    """Low-rank changes of a model's layers, beside the model (Hu et al., 2022).
 
-    As a module it holds the pairs alone; called, it is the changed model. `pairs`, by
-    layer, are ready ones in place of new ones of this rank and alpha.
+    The model's own tree and weights stay as they are; each change counts `scale`
+    times alpha / rank. `alpha` is `rank` by default, `layers` is for `lora_layers`;
+    `pairs`, by layer, are ready ones in place of new ones. As a module it holds the
+    pairs alone; called, it is the changed model. Several LoRAs may change one model.
+    Raises ValueError for a rank below 1.
     """
 
     def __init__(
@@ -158,6 +160,9 @@ class HookedPairs(nn.Module):
         for name, pair in pairs.items():
             self.add(name, pair)
 
+    def forward(self, *inputs) -> Tensor:
+        return self.model()(*inputs)
+
     def add(self, name: str, pair: LowRank) -> None:
         """Let a pair change the layer of this name."""
         layer = self.model().get_submodule(name)
@@ -171,24 +176,6 @@ class HookedPairs(nn.Module):
         self.names.append(name)
         self.pairs.append(pair.to(layer.weight.device))
         self.hooks.append(layer.register_forward_hook(add_change))
-
-    def forward(self, *inputs) -> Tensor:
-        return self.model()(*inputs)
-
-
-class LoRA(HookedPairs):
-    """Low-rank changes of a model's layers, beside the model (Hu et al., 2022).
-
-    The model's own tree and weights stay as they are; each change counts `scale`
-    times alpha / rank. `alpha` is `rank` by default, `layers` is for `lora_layers`.
-    Several LoRAs may change one model. Raises ValueError for a rank below 1.
-    """
-
-    def remove(self) -> None:
-        """Take the change away; the model is what it was before, bit for bit."""
-        self.unmerge()
-        for hook in self.hooks:
-            hook.remove()
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -219,6 +206,12 @@ class LoRA(HookedPairs):
             old.data = old.data.to(new)  # the model may have been moved since
             layer.weight = old
         self.merged = []
+
+    def remove(self) -> None:
+        """Take the change away; the model is what it was before, bit for bit."""
+        self.unmerge()
+        for hook in self.hooks:
+            hook.remove()
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks in a folder
@@ -458,7 +451,7 @@ class WithText(nn.Module):
         return self.unet(x, t, self.text_encoder(ids))
 
 
-class Worded(Dataset):
+class LatentsWithIds(Dataset):
     """Latents with the token ids (n,) of their captions, in whole batches."""
 
     def __init__(self, encoded: Encoded, tokenizer: Tokenizer):
@@ -554,7 +547,7 @@ def draw_class(config: LoRATrainingConfig, pipe: StableDiffusion) -> CaptionedIm
     return CaptionedImages(folder, config.image_size)
 
 
-class Both(Dataset):
+class NewAndPrior(Dataset):
     """New pictures and class pictures, as many of each in every batch."""
 
     def __init__(self, new: Dataset, prior: Dataset):
@@ -579,10 +572,10 @@ class PriorLoss:
     def __init__(self, loss, weight: int | float):
         self.loss, self.weight = loss, weight
 
-    def __call__(self, unet, batch, generator, *share):
+    def __call__(self, unet, batch, generator, *rows):
         new, prior = batch
-        loss, numbers = self.loss(unet, new, generator, *share)
-        kept, _ = self.loss(unet, prior, generator, *share)
+        loss, numbers = self.loss(unet, new, generator, *rows)
+        kept, _ = self.loss(unet, prior, generator, *rows)
         return loss + self.weight * kept, numbers | {"new": loss, "prior": kept}
 
 
@@ -629,14 +622,16 @@ def train_lora(config: LoRATrainingConfig) -> StableDiffusion | None:
 
     def prepare(dataset: Dataset, name: str) -> Dataset:
         encoded = encode(config, pipe, dataset, name)
-        return Worded(encoded, pipe.tokenizer) if config.train_text_encoder else encoded
+        if config.train_text_encoder:
+            return LatentsWithIds(encoded, pipe.tokenizer)
+        return encoded
 
     ids = pipe.tokenizer([""])[0].to(pipe.device)
     empty = ids if config.train_text_encoder else pipe.encode_prompt([""])[0].float()
     data, loss = prepare(dataset, "cache"), loss_for(config, pipe, empty)
     if config.class_prompts:
         kept = prepare(draw_class(config, pipe), "class-cache")
-        data, loss = Both(data, kept), PriorLoss(loss, config.prior_weight)
+        data, loss = NewAndPrior(data, kept), PriorLoss(loss, config.prior_weight)
     torch.manual_seed(config.seed)  # here: filling the cache may have drawn numbers
     module = what_moves(config, pipe.unet, pipe.text_encoder)
     trained = optimise(config, module, data, loss, collate=as_it_is)
@@ -778,7 +773,7 @@ def train_word(config: WordTrainingConfig) -> StableDiffusion | None:
     """
     dataset, pipe = open_dataset(config), open_model(config)
     number = add_word(pipe, config.word, config.like)
-    ids = caption_ids(pipe.tokenizer, captions_of(dataset))
+    ids = caption_ids(pipe.tokenizer, dataset.captions())
     without = int((ids != number).all(1).sum())
     if without:
         raise ValueError(
@@ -795,12 +790,12 @@ def train_word(config: WordTrainingConfig) -> StableDiffusion | None:
     loss = loss_for(config, pipe, pipe.encode_prompt([""])[0].float())
     words = NewWords(pipe.text_encoder, [number])
 
-    def loss_of(words, batch, generator, *share):
+    def loss_of(words, batch, generator, *rows):
         moments, ids = batch
         states = words(ids.to(generator.device))
-        return loss(pipe.unet, (moments, states), generator, *share)
+        return loss(pipe.unet, (moments, states), generator, *rows)
 
-    data = Worded(encoded, pipe.tokenizer)
+    data = LatentsWithIds(encoded, pipe.tokenizer)
     trained = optimise(config, words, data, loss_of, collate=as_it_is)
     words.load_state_dict(trained.state_dict())
     words.write()

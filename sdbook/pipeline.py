@@ -22,6 +22,16 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .clip import CLIPTextConfig, CLIPTextModel, Tokenizer
+from .files import (
+    WeightsError,
+    download,
+    is_hub_id,
+    read_json,
+    read_weights,
+    save_weights,
+    write_json,
+)
+from .formats import NAMINGS, is_for_training, to_original
 from .schedulers import (
     DDIMScheduler,
     Scheduler,
@@ -30,22 +40,9 @@ from .schedulers import (
     noise_like,
     scheduler_class,
 )
-from .unet import Text, UNet
+from .unet import UNet
 from .vae import AutoencoderKL
-from .weights import (
-    NAMINGS,
-    WeightsError,
-    download,
-    family,
-    is_for_training,
-    is_hub_id,
-    read_json,
-    read_weights,
-    refuse_options,
-    save_weights,
-    to_original,
-    write_json,
-)
+from .weights import family, refuse_options
 
 __all__ = [
     "model_folders",
@@ -435,32 +432,21 @@ class GuidedPrediction(StoredPipeline):
         """Texts to the sequence of embeddings that the UNet attends to."""
         return self.text_encoder(self.tokenizer(prompts).to(self.device))
 
-    def read_prompts(self, prompts: list[str], negatives: list[str] = ()) -> Text:
-        """What the UNet reads in prompts, and in those to walk away from."""
-        with torch.no_grad():
-            return self.unet.read(self.encode_prompt([*negatives, *prompts]))
-
     @torch.no_grad()
     def predict(
         self,
         latents: Float[Tensor, "b c h w"],
         t: int | float,
-        context: Text,
+        context: Float[Tensor, "b n d"],
         uncond: Float[Tensor, "b n d"] | None = None,
         guidance_scale: int | float = 1.0,
-        time: Float[Tensor, "1 time_dim"] | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        """The UNet's answer at timestep t, guided away from `uncond` if given.
-
-        In place of both texts, `context` may be what `read_prompts` gave, and `time`
-        the embedding of t.
-        """
+        """The UNet's answer at timestep t, guided away from `uncond` if given."""
         x = self.scheduler.scale_model_input(latents, t).to(self.dtype)
-        texts = context if uncond is None else torch.cat([uncond, context])
-        answers = self.unet(x, t, texts, time).to(latents.dtype)
-        if len(answers) == len(latents):
-            return answers
-        return guide(*answers.chunk(2), guidance_scale)
+        if uncond is None:
+            return self.unet(x, t, context).to(latents.dtype)
+        answers = self.unet(torch.cat([x, x]), t, torch.cat([uncond, context]))
+        return guide(*answers.to(latents.dtype).chunk(2), guidance_scale)
 
 
 class SamplingSteps(GuidedPrediction):
@@ -802,7 +788,8 @@ class Denoising(FromPictures):
     def denoise(
         self,
         x: Float[Tensor, "b c h w"],
-        text: Text,
+        context: Float[Tensor, "b n d"],
+        uncond: Float[Tensor, "b n d"] | None,
         guidance_scale: int | float,
         original: Original | None = None,
         callback: Callback | None = None,
@@ -810,10 +797,9 @@ class Denoising(FromPictures):
         **options,
     ) -> Float[Tensor, "b c h w"]:
         """From noise to latents, over all of the scheduler's timesteps."""
-        times = self.unet.embed_time(self.scheduler.timesteps.to(self.device))
         timesteps = self.scheduler.timesteps.tolist()
         for i, t in enumerate(tqdm(timesteps, disable=not progress)):
-            output = self.predict(x, t, text, None, guidance_scale, times[i : i + 1])
+            output = self.predict(x, t, context, uncond, guidance_scale)
             x = self.scheduler.step(output, t, x, **options)
             if original is not None:
                 x = original.put_back(x, self.scheduler, *timesteps[i + 1 : i + 2])
@@ -828,7 +814,8 @@ class Drawing(Denoising):
     @torch.no_grad()
     def draw(
         self,
-        text: Text,
+        context: Float[Tensor, "b n d"],
+        uncond: Float[Tensor, "b n d"] | None,
         shape: tuple[int, ...],
         seeds: list[int],
         latents: Tensor | None,
@@ -848,9 +835,8 @@ class Drawing(Denoising):
         noise = latents.to(self.device, torch.promote_types(self.dtype, torch.float32))
         original = None if x0 is None else Original(x0, noise, mask)
         x = self.start(noise, original, strength)
-        return self.denoise(
-            x, text, original=original, generator=generators, **options
-        )
+        options |= dict(original=original, generator=generators)
+        return self.denoise(x, context, uncond, **options)
 
 
 class StableDiffusion(Drawing):
@@ -898,7 +884,8 @@ class StableDiffusion(Drawing):
         options |= prepare_eta(self.scheduler, eta)
         self.scheduler.set_timesteps(num_inference_steps)
 
-        text = self.read_prompts(prompts, negatives if guided else [])
+        context = self.encode_prompt(prompts)
+        uncond = self.encode_prompt(negatives) if guided else None
         start = shape, seeds, latents, pixels, mask, strength
-        x = self.draw(text, *start, progress=progress, **options)
+        x = self.draw(context, uncond, *start, progress=progress, **options)
         return Pictures(self.decode(x, output_type), seeds)

@@ -22,8 +22,10 @@ MEASURED = (
 
 
 def load_tool(name):
-    """A script of tools/ as a module."""
+    """A script of tools/ as a module, which finds its neighbours as it always does."""
     (path,) = ROOT.glob(f"tools/*/{name}.py")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(name, path)
     tool = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)

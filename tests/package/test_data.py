@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import sdbook.data
+import sdbook.scenes
 from sdbook.data import (
     BACKGROUNDS,
     CELLS,
@@ -39,13 +39,11 @@ from sdbook.data import (
     SPLITS,
     CaptionedImages,
     CaptionedShards,
-    Crowds,
+    CrowdedScenes,
     Cut,
     Group,
-    PictureFiles,
     Request,
     Scenes,
-    ShardSteps,
     Thing,
     arrange,
     describe,
@@ -57,8 +55,10 @@ from sdbook.data import (
     read_caption,
     read_picture,
     stands,
+    to_pixels,
     write_folder,
 )
+from sdbook.images import short_name
 
 SHIPPED = Path(__file__).parents[2] / "data" / "scenes"
 
@@ -346,9 +346,10 @@ def test_the_same_pictures_from_two_workers(method):
 
 def test_nothing_held_out_in_20000_training_scenes(monkeypatch):
     # Checking the shapes of so many calls takes minutes: a copy without checks.
-    spec = importlib.util.spec_from_file_location("unchecked", sdbook.data.__file__)
+    name = "sdbook.unchecked"
+    spec = importlib.util.spec_from_file_location(name, sdbook.scenes.__file__)
     unchecked = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "unchecked", unchecked)
+    monkeypatch.setitem(sys.modules, name, unchecked)
     spec.loader.exec_module(unchecked)
     scenes = unchecked.Scenes()
     for index in range(20_000):
@@ -395,10 +396,10 @@ def test_training_shows_each_kind_of_request():
 
 
 def test_crowds(monkeypatch):
-    crowds = Crowds(length=300)
+    crowds = CrowdedScenes(length=300)
     pixels, caption = crowds[0]
     assert pixels.shape == (3, 64, 64) and caption == ""
-    assert torch.equal(pixels, Crowds()[0][0])
+    assert torch.equal(pixels, CrowdedScenes()[0][0])
     assert not torch.equal(pixels, crowds[1][0])
 
     drawn = []
@@ -407,7 +408,7 @@ def test_crowds(monkeypatch):
         drawn.append(things)
         return np.zeros((size, size, 3), dtype=np.uint8)
 
-    monkeypatch.setattr("sdbook.data.draw", note)
+    monkeypatch.setattr("sdbook.scenes.draw", note)
     assert len(list(crowds)) == 300
     assert max(map(len, drawn)) == 8
     pairs = {(thing.shape, thing.colour) for things in drawn for thing in things}
@@ -923,7 +924,7 @@ def test_one_report_for_all_processes(tmp_path):
         worker.join()
         counts.append(queue.get())
     assert counts == [1, 0, 0]
-    assert images.files.unreadable.tolist() == [False, True]
+    assert images.unreadable.tolist() == [False, True]
 
 
 def test_when_no_picture_can_be_read_it_says_so(tmp_path):
@@ -935,12 +936,6 @@ def test_when_no_picture_can_be_read_it_says_so(tmp_path):
         images[1]
     with pytest.raises(IndexError, match="2 of 2"):
         images[2]
-
-
-def test_picture_files_refuse_when_asked_to(tmp_path):
-    (tmp_path / "one.png").write_bytes(b"hi")
-    with pytest.raises(ValueError, match=r"one\.png"):
-        PictureFiles([tmp_path / "one.png"], on_error="raise")[0]
 
 
 def test_the_benchmark_of_folders_runs(tmp_path, capsys):
@@ -988,7 +983,7 @@ def test_shards_give_every_sample_once(tmp_path, num_workers):
 
 
 def steps_of(shards, first, last, rank=0, world=1, num_workers=0, seed=0):
-    steps = ShardSteps(shards, 2, seed, first, last, rank, world)
+    steps = shards.steps(2, seed, first, last, rank, world)
     return [
         numbers(batch) for batch in DataLoader(steps, None, num_workers=num_workers)
     ]
@@ -1022,9 +1017,9 @@ def test_shards_go_on_in_the_middle_of_an_epoch(tmp_path, num_workers):
 def test_going_on_decodes_nothing_of_the_past(tmp_path, monkeypatch):
     shards = CaptionedShards(write_shards(tmp_path), 8)
     decoded = []
-    read = CaptionedShards.read
+    decode = CaptionedShards.decode
     monkeypatch.setattr(
-        CaptionedShards, "read", lambda *a: decoded.append(a[1]) or read(*a)
+        CaptionedShards, "decode", lambda *a: decoded.append(a[1]) or decode(*a)
     )
     assert len(steps_of(shards, 10, 12)) == 2
     assert len(decoded) == 4
@@ -1054,7 +1049,7 @@ def test_faults_in_shards_are_named(tmp_path):
         list(CaptionedShards(tmp_path / "a.tar", 8, on_error="raise"))
     # In training, another of the batch stands in; two batches of two: good, torn.
     with pytest.warns(UserWarning):
-        (batch,) = ShardSteps(CaptionedShards(tmp_path / "a.tar", 8), 2, 0, 0, 1)
+        (batch,) = CaptionedShards(tmp_path / "a.tar", 8).steps(2, 0, 0, 1)
     assert len(batch) == 2 and torch.equal(batch[0][0], batch[1][0])
     data = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(data[:700])
@@ -1066,6 +1061,109 @@ def test_more_readers_than_shards_are_refused(tmp_path):
     shards = CaptionedShards(write_shards(tmp_path, 8), 8)  # 2 shards
     with pytest.raises(ValueError, match="2 shards for 3 readers"):
         steps_of(shards, 0, 1, rank=0, world=3)
+
+
+# What training asks -----------------------------------------------------------------
+
+
+@pytest.fixture
+def one_picture(tmp_path):
+    """One thing in a folder and in a shard; what decodes nothing sees no picture."""
+    data = b"not even a picture"
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "one.png").write_bytes(data)
+    (tmp_path / "deep" / "one.txt").write_text("one")
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        writer.write({"__key__": "one", "png": data, "txt": "one"})
+    return tmp_path
+
+
+def test_keys_stay_what_they_were(one_picture):
+    """Caches of earlier versions are found again."""
+    assert short_name("a", 1, b"x") == "233812f52b5f3bbfd2ce928e92dcd95f"
+    first, last = "28961f799bf33ba9bc10d0cd610e95f4", "4c1a3157cc80cf0ae00ab79054edabf8"
+    assert CaptionedImages(one_picture, 16).keys(one_picture) == [first]
+    looks = CaptionedImages(one_picture, 16, crops=2, flip=True, seed=3)
+    assert looks.keys(one_picture)[3] == last
+    assert CaptionedShards(one_picture / "a.tar", 16).keys(one_picture) == [first]
+    scenes = Scenes(length=3)
+    drawn = (scenes.scene(index) for index in range(16))
+    pictures = [to_pixels(draw(s.things, s.background)) for s in drawn]
+    world = short_name(*(pixels.numpy().tobytes() for pixels in pictures))
+    assert scenes.keys(one_picture) == [short_name(world, i) for i in range(3)]
+
+
+def test_files_are_looked_into_once(one_picture, monkeypatch):
+    shards = CaptionedShards(one_picture / "a.tar")
+    for dataset in (shards, CaptionedImages(one_picture)):
+        before = dataset.keys(one_picture)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", lambda _: pytest.fail("read again"))
+            patch.setattr(CaptionedShards, "samples", lambda *_: pytest.fail("again"))
+            assert dataset.keys(one_picture) == before
+    (one_picture / "deep" / "one.png").write_bytes(b"another")
+    assert CaptionedImages(one_picture).keys(one_picture) != before
+
+
+def every_dataset(folder):
+    """One of each kind, with what is fast to read."""
+    write_folder(Scenes(split="validation"), folder / "files", 12)
+    yield Scenes(length=20)
+    yield CrowdedScenes(length=20)
+    yield CaptionedImages(folder / "files", flip=True)
+    yield CaptionedShards(write_shards(folder), 8, flip=True)
+
+
+def test_every_dataset_answers_alike(tmp_path):
+    for dataset in every_dataset(tmp_path):
+        items = list(dataset)
+        assert dataset.captions() == [caption for _, caption in items]
+        assert items[0][0].shape == (3, dataset.side, dataset.side)
+        assert list(dataset.problems) == []
+        keys = dataset.keys(tmp_path)
+        assert len(set(keys)) == len(keys) == len(dataset) == len(items)
+        assert len(dataset.sample_captions(5)) == 5
+        some = {keys[number]: number for number in (1, 4, 19)}
+        for num_workers in (0, 2):
+            loader = DataLoader(dataset.unread(some), None, num_workers=num_workers)
+            found = dict(loader)
+            assert set(found) == set(some)
+            for key, number in some.items():
+                assert torch.equal(found[key], items[number][0])
+
+
+def test_what_is_held_out_is_not_trained_on(tmp_path):
+    for dataset in every_dataset(tmp_path):
+        numbers, held = dataset.held_out(16)
+        trained = {dataset.keys(tmp_path)[number] for number in numbers}
+        assert len(trained) == len(numbers)
+        if hasattr(dataset, "steps"):
+            assert len(numbers) == len(dataset) and len(held) == 0
+        elif isinstance(dataset, CaptionedImages):
+            assert len(numbers) == 22 and len(held) == 2  # a tenth of 24 looks
+            assert not {*numbers} & {*held.indices}
+        else:
+            assert len(numbers) == 20 and len(held) == 16
+            validation = Scenes(split="validation")
+            assert all(torch.equal(held[i][0], validation[i][0]) for i in range(16))
+        assert dataset.held_out(16)[0] == numbers
+        assert dataset.held_out(0)[0] == list(range(len(dataset)))
+
+
+def test_scenes_of_some_kinds_keep_to_them_in_validation():
+    scenes = Scenes(length=30, kinds=["counting"])
+    _, held = scenes.held_out(30)
+    assert {len(held.scene(i).things) for i in range(30)} == {2, 3}
+    # but what stands for all captions has all kinds
+    assert scenes.sample_captions(40) == Scenes(length=40).captions()
+
+
+def test_unreadable_pictures_are_none(one_picture):
+    shards = CaptionedShards(one_picture / "a.tar")
+    for dataset in (shards, CaptionedImages(one_picture)):
+        (key,) = dataset.keys(one_picture)
+        with pytest.warns(UserWarning, match="cannot read the picture"):
+            assert list(dataset.unread({key: 0})) == [(key, None)]
 
 
 def test_the_reader_works_with_workers():

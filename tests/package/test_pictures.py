@@ -400,29 +400,18 @@ def test_a_failed_retry_leaves_the_vae_as_it_was(folder, monkeypatch):
 # ---- the same, for less ----
 
 
-def test_the_loop_reads_once_and_doubles_late(pipe):
-    counts = {"to_k": 0, "conv_in": [], "time_embedding": 0}
-    block = pipe.unet.mid_block.attentions[0].transformer_blocks[0]
-    hooks = [
-        block.attn2.to_k.register_forward_hook(
-            lambda *_: counts.update(to_k=counts["to_k"] + 1)
-        ),
-        pipe.unet.time_embedding.register_forward_hook(
-            lambda *_: counts.update(time_embedding=counts["time_embedding"] + 1)
-        ),
-        pipe.unet.conv_in.register_forward_hook(
-            lambda module, given, out: counts["conv_in"].append(len(out))
-        ),
-    ]
-    pipe(PROMPTS, num_inference_steps=5, progress=False)
-    for hook in hooks:
-        hook.remove()
-    assert counts == {"to_k": 1, "time_embedding": 1, "conv_in": [2] * 5}
+@pytest.mark.parametrize("scale, batch", [(1.0, 2), (3.0, 4)])
+def test_a_step_asks_the_unet_once(pipe, scale, batch):
+    sizes = []
+    hook = pipe.unet.register_forward_hook(lambda *given: sizes.append(len(given[2])))
+    pipe(PROMPTS, num_inference_steps=5, guidance_scale=scale, progress=False)
+    hook.remove()
+    assert sizes == [batch] * 5
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_the_cheap_loop_is_the_plain_loop(pipe, name, scale):
+def test_both_halves_in_one_call_are_as_good_as_two(pipe, name, scale):
     pipe.scheduler = name
     options = dict(num_inference_steps=4, guidance_scale=scale, output_type="latent")
     ours = pipe(PROMPTS, seed=2, progress=False, **options).images
@@ -459,4 +448,4 @@ def test_half_precision_draws_nearly_the_same(pipe, dtype):
 def test_bench_measures_pipelines(capsys):
     bench = load_tool("bench")
     rows = list(bench.pipelines_beside_diffusers(small_pipeline(), rounds=1, steps=2))
-    assert all(ours > 0 and theirs > 0 for _, ours, theirs in rows)
+    assert all(min(ours + theirs) > 0 for _, ours, theirs in rows)

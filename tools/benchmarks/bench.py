@@ -10,13 +10,13 @@ with the same weights) should not. Below 1.00 we are faster.
 import argparse
 import functools
 import itertools
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from statistics import median
 
 import torch
+from timing import in_turns, ratios, seconds
 
 from sdbook import StableDiffusion
 from sdbook.data import Scenes
@@ -24,21 +24,6 @@ from sdbook.unet import UNet, UNetConfig
 from sdbook.vae import AutoencoderKL, VAEConfig
 
 PROMPT = "a red star above a blue house"
-
-
-def seconds(function) -> float:
-    """The wall-clock time of one call."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def in_turns(ours, theirs, rounds: int) -> tuple[float, float]:
-    """Median times of two functions, called alternately after one call each."""
-    ours(), theirs()
-    pairs = [(seconds(ours), seconds(theirs)) for _ in range(rounds)]
-    first, second = zip(*pairs, strict=True)
-    return statistics.median(first), statistics.median(second)
 
 
 def import_time() -> float:
@@ -75,7 +60,7 @@ def small_parts() -> tuple[UNet, AutoencoderKL]:
 
 
 def beside_diffusers(unet: UNet, vae: AutoencoderKL, rounds: int):
-    """Rows of the table: (what, our seconds, their seconds)."""
+    """Rows of the table: (what, our times, their times)."""
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
@@ -98,22 +83,21 @@ def beside_diffusers(unet: UNet, vae: AutoencoderKL, rounds: int):
     yield (
         f"UNet, training step, batch {batch}",
         *in_turns(
-            lambda: step(unet, lambda output: output),
-            lambda: step(their_unet, sample),
-            rounds,
+            [lambda: step(unet, lambda y: y), lambda: step(their_unet, sample)], rounds
         ),
     )
     with torch.inference_mode():
         yield (
             f"UNet, forward, batch {batch}",
             *in_turns(
-                lambda: unet(x, t, context), lambda: their_unet(x, t, context), rounds
+                [lambda: unet(x, t, context), lambda: their_unet(x, t, context)],
+                rounds,
             ),
         )
         z = torch.randn(batch, vae.config.latent_channels, size, size)
         yield (
             f"VAE, decode, batch {batch}",
-            *in_turns(lambda: vae.decode(z), lambda: their_vae.decode(z), rounds),
+            *in_turns([lambda: vae.decode(z), lambda: their_vae.decode(z)], rounds),
         )
 
 
@@ -136,7 +120,7 @@ def pipelines_beside_diffusers(pipe: StableDiffusion, rounds: int, steps: int = 
         reference = functools.partial(theirs, **options)
         guided = "guided" if scale > 1 else "not guided"
         what = f"batch of {count}, {steps} steps, {guided}"
-        yield what, *in_turns(ours, reference, rounds)
+        yield what, *in_turns([ours, reference], rounds)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -169,7 +153,8 @@ def main(arguments: list[str] | None = None) -> int:
         whole = pipelines_beside_diffusers(pipe, options.rounds)
         rows = itertools.chain(rows, whole)
     for what, ours, theirs in rows:
-        print(f"{what:<38}{ours:8.3f} s{theirs:10.3f} s{ours / theirs:8.2f}")
+        row = median(ours), median(theirs), median(ratios(ours, theirs))
+        print("{:<38}{:8.3f} s{:10.3f} s{:8.2f}".format(what, *row))
     return 0
 
 

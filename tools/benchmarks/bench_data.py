@@ -9,14 +9,15 @@ first time, the disk may have to look.
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from PIL import Image
+from timing import seconds
 
 from sdbook.data import CaptionedImages
 
@@ -65,15 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for form in ("images and captions", "side by side", "metadata.jsonl"):
             path = make(Path(folder), form, options.count)
-            seconds = []
-            for _ in range(2):
-                start = time.perf_counter()
-                images = CaptionedImages(path, on_error="raise")
-                seconds.append(time.perf_counter() - start)
-            print(
-                f"{form:<20} {len(images):,} pictures: {seconds[0]:.2f} s, "
-                f"again {seconds[1]:.2f} s"
-            )
+            open_it = functools.partial(CaptionedImages, path, on_error="raise")
+            first, again = (seconds(open_it) for _ in range(2))
+            count = f"{options.count:,} pictures"
+            print(f"{form:<20} {count}: {first:.2f} s, again {again:.2f} s")
     return 0
 
 

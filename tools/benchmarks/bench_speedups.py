@@ -1,29 +1,28 @@
-"""What each saving in the guided loop brings, measured in turns on one machine.
+"""What makes the guided loop faster, and by how much, measured in turns on one machine.
 
     tools/benchmarks/bench_speedups.py  the shipped model, CPU
     tools/benchmarks/bench_speedups.py --device cuda --dtype bf16
     tools/benchmarks/bench_speedups.py --device cuda --dtype fp16 --model folder-or-id
 
-Every rung of the ladder is the whole loop (DDIM, no decoder) with one saving more
-than the rung before. All rungs run once in each round, one after the other, and each
-time is divided by the first rung's of the same round: seconds depend on the machine
-and on the hour, these ratios less so. The record, medians over the rounds, goes to
-data/runs/speedups/<device>.json, or where --json says.
+Every rung is the whole loop (DDIM, no decoder). All rungs run once in each round, one
+after the other, and each time is divided by the first rung's of the same round: seconds
+depend on the machine and on the hour, these ratios less so. The record, medians over
+the rounds, goes to data/runs/speedups/<device>.json, or where --json says.
+
+The record for the CPU that comes with the book has three more rungs, which this script
+had at the commit that is named there: text read once, one latent for two texts, times
+at once. Together they brought one to two per cent, and were taken out.
 """
 
 import argparse
 import copy
-import json
-import os
-import platform
-import shlex
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
+from timing import in_turns, processor, ratios, write_record
 from torch import Tensor
 
 from sdbook import StableDiffusion
@@ -51,65 +50,30 @@ class Ladder:
         self.noise = noise.to(pipe.device)
 
     @torch.no_grad()
-    def loop(self, predict: Callable[[Tensor, int, int], Tensor]) -> Tensor:
-        """All steps; `predict` takes latents, the timestep and the step's number."""
+    def loop(self, predict: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """All steps; `predict` takes latents and the timestep."""
         scheduler, x = self.pipe.scheduler, self.noise
-        for i, t in enumerate(scheduler.timesteps.tolist()):
-            answer = predict(x.to(self.pipe.dtype), t, i).float()
+        for t in scheduler.timesteps.tolist():
+            answer = predict(x.to(self.pipe.dtype), t).float()
             x = scheduler.step(answer, t, x)
         return x
 
     def plain(self) -> Tensor:
-        def predict(x, t, i):
+        def predict(x, t):
             uncond, cond = self.unet(x, t, self.uncond), self.unet(x, t, self.context)
             return guide(uncond, cond, SCALE)
 
         return self.loop(predict)
 
     def one_call(self) -> Tensor:
-        def predict(x, t, i):
+        def predict(x, t):
             answers = self.unet(torch.cat([x, x]), t, self.both)
             return guide(*answers.chunk(2), SCALE)
 
         return self.loop(predict)
 
-    @torch.no_grad()
-    def read_once(self) -> Tensor:
-        text = self.unet.read(self.both)
-
-        def predict(x, t, i):
-            answers = self.unet(torch.cat([x, x]), t, text)
-            return guide(*answers.chunk(2), SCALE)
-
-        return self.loop(predict)
-
-    @torch.no_grad()
-    def shared_start(self) -> Tensor:
-        text = self.unet.read(self.both)
-
-        def predict(x, t, i):
-            return guide(*self.unet(x, t, text).chunk(2), SCALE)
-
-        return self.loop(predict)
-
-    @torch.no_grad()
-    def times_at_once(self) -> Tensor:
-        text = self.unet.read(self.both)
-        return self.loop(self.with_times(lambda x, t, time: guide(
-            *self.unet(x, t, text, time).chunk(2), SCALE
-        )))  # fmt: skip
-
-    @torch.no_grad()
     def no_guidance(self) -> Tensor:
-        text = self.unet.read(self.context)
-        return self.loop(self.with_times(
-            lambda x, t, time: self.unet(x, t, text, time)
-        ))  # fmt: skip
-
-    def with_times(self, predict) -> Callable[[Tensor, int, int], Tensor]:
-        timesteps = self.pipe.scheduler.timesteps.to(self.pipe.device)
-        times = self.unet.embed_time(timesteps)
-        return lambda x, t, i: predict(x, t, times[i : i + 1])
+        return self.loop(lambda x, t: self.unet(x, t, self.context))
 
 
 def with_own_unet(pipe: StableDiffusion) -> StableDiffusion:
@@ -126,68 +90,43 @@ def rungs(
     """What to time, by name: the ladder, and beside it what changes more than that."""
     ladder = Ladder(pipe, batch, steps)
     found = {
-        "plain: two calls, text read in each": ladder.plain,
-        "both halves in one call": ladder.one_call,
-        "text read once": ladder.read_once,
-        "one latent, two texts": ladder.shared_start,
-        "times at once (our pipeline)": ladder.times_at_once,
+        "plain: two calls": ladder.plain,
+        "both halves in one call (our pipeline)": ladder.one_call,
     }
     other = with_own_unet(pipe)
     other.unet.to(memory_format=torch.channels_last)
-    found["… in channels-last order"] = Ladder(other, batch, steps).times_at_once
+    found["… in channels-last order"] = Ladder(other, batch, steps).one_call
     best, name = pipe, ""
     if fast is not None:
         best, name = fast, f" in {fast.dtype}".replace("torch.", "")
-        found[f"…{name}"] = Ladder(fast, batch, steps).times_at_once
+        found[f"…{name}"] = Ladder(fast, batch, steps).one_call
     if compiled:
         other = with_own_unet(best)
         other.unet.forward = torch.compile(other.unet.forward)
-        found[f"… compiled{name}"] = Ladder(other, batch, steps).times_at_once
+        found[f"… compiled{name}"] = Ladder(other, batch, steps).one_call
     found["… guidance off (another picture)"] = ladder.no_guidance
     return found
 
 
-def seconds(function: Callable, device: str) -> float:
-    """The wall-clock time of one call, the GPU's work included."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def measure(functions: dict[str, Callable], rounds: int, device: str) -> list[dict]:
+def measure(functions: dict[str, Callable], rounds: int) -> list[dict]:
     """One row for each function: median seconds, and of the first one's time."""
     reference, rows = None, []
-    for name, function in functions.items():  # the first call warms up
+    for name, function in functions.items():
         result = function().float().cpu()
         reference = result if reference is None else reference
         error = (result - reference).abs().max() / reference.abs().max()
         rows.append({"name": name, "difference": float(f"{error:.1e}")})
-    times = [[seconds(f, device) for f in functions.values()] for _ in range(rounds)]
-    for k, row in enumerate(rows):
-        ratios = sorted(one[k] / one[0] for one in times)
-        row["seconds"] = round(statistics.median(one[k] for one in times), 4)
-        row["of_plain"] = round(statistics.median(ratios), 3)
-        row["least"], row["most"] = round(ratios[0], 3), round(ratios[-1], 3)
+    times = in_turns(list(functions.values()), rounds)
+    for row, ours in zip(rows, times, strict=True):
+        of_plain = ratios(ours, times[0])
+        row["seconds"] = round(median(ours), 4)
+        row["of_plain"] = round(median(of_plain), 3)
+        row["least"], row["most"] = round(of_plain[0], 3), round(of_plain[-1], 3)
     return rows
 
 
-def processor(device: str) -> str:
-    """The name of what computes."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(one.split(":")[1].strip() for one in lines if "model name" in one)
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="What each saving brings.")
+    parser = argparse.ArgumentParser(description="What makes the guided loop faster.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="a second precision to time")
     parser.add_argument("--model", default="scenes", help="as from_pretrained takes it")
@@ -213,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = []
     for batch in options.batches:
         functions = rungs(pipe, fast, compiled, batch, options.steps)
-        rows = measure(functions, options.rounds, device)
+        rows = measure(functions, options.rounds)
         results.append({"batch": batch, "rows": rows})
         print(f"\n{f'{batch} at a time':<38}{'seconds':>9}{'of plain':>10}  (range)")
         for row in rows:
@@ -222,18 +161,11 @@ def main(arguments: list[str] | None = None) -> int:
                 f"  {row['least']:.2f} to {row['most']:.2f}",
                 flush=True,
             )
-    given = sys.argv[1:] if arguments is None else arguments
-    record = {
-        "command": shlex.join(["python", "tools/benchmarks/bench_speedups.py", *given]),
-        "device": device, "processor": processor(device),
-        "machine": f"{platform.platform()}, {os.cpu_count()} CPU cores",
-        "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "model": options.model, "steps": options.steps, "rounds": options.rounds,
-        "results": results,
-    }  # fmt: skip
     path = options.json or FOLDER / f"{device}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    names = {name: getattr(options, name) for name in ("model", "steps", "rounds")}
+    kind = {"device": device, "processor": processor(device)}
+    what = {**kind, **names, "results": results}
+    write_record(path, "bench_speedups.py", arguments, device, what)
     return 0
 
 

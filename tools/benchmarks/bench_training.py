@@ -14,16 +14,15 @@ each round's times. Writes data/runs/training_speed/SIZES-DEVICE.json.
 """
 
 import argparse
-import json
+import itertools
 import os
-import platform
-import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
+from statistics import median
 
 import torch
+from timing import in_turns, ratios, write_record
 from torch.nn import functional as F
 
 from sdbook.clip import CLIPTextConfig, CLIPTextModel, Tokenizer
@@ -194,42 +193,15 @@ def make_steps(options, folder: str) -> dict:
     }  # fmt: skip
 
 
-def seconds(step, count: int, first: int) -> float:
-    """The time of some steps, one after the other."""
-    start = time.perf_counter()
-    for number in range(first, first + count):
-        step(number)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def next_steps(step, count: int):
+    """A function that takes the next `count` steps each time it is called."""
+    numbers = itertools.count()
 
+    def take():
+        for _ in range(count):
+            step(next(numbers))
 
-def measure(steps: dict, rounds: int, count: int) -> dict[str, list[float]]:
-    """Seconds per step of each, in turns, after two steps that do not count."""
-    for step in steps.values():
-        seconds(step, 2, 0)
-    times = {name: [] for name in steps}
-    for turn in range(rounds):
-        for name, step in steps.items():
-            times[name].append(seconds(step, count, 2 + turn * count) / count)
-    return times
-
-
-def write_record(file: Path, arguments: list[str] | None, gpu: bool, what: dict):
-    """What was measured, with the command and the machine, as a JSON file."""
-    tool = f"tools/benchmarks/{Path(sys.argv[0]).name}"
-    command = ["python", tool, *(arguments or sys.argv[1:])]
-    device = torch.cuda.get_device_name() if gpu else platform.processor()
-    record = {
-        "command": " ".join(command),
-        "device": device or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        **what,
-    }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"written to {file}")
+    return take
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -247,19 +219,24 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.gpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     with tempfile.TemporaryDirectory() as folder:
-        times = measure(make_steps(options, folder), options.rounds, options.steps)
+        steps = make_steps(options, folder)
+        functions = [next_steps(step, options.steps) for step in steps.values()]
+        times = dict(zip(steps, in_turns(functions, options.rounds), strict=True))
     theirs, rows = times["diffusers"], []
     print(f"{'':<18}{'pictures/s':>12}{'ratio':>8}")
     for name, ours in times.items():
-        speed = options.batch_size / statistics.median(ours)
-        ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+        speed = options.batch_size * options.steps / median(ours)
+        ratio = median(ratios(theirs, ours))
         print(f"{name:<18}{speed:12.1f}{ratio:8.2f}")
+        each = [seconds / options.steps for seconds in ours]
         rows.append({"who": name, "pictures_per_second": speed, "ratio": ratio,
-                     "seconds_per_step": ours})  # fmt: skip
+                     "seconds_per_step": each})  # fmt: skip
     facts = {"sizes": options.sizes, "batch_size": options.batch_size,
              "mixed_precision": options.mixed_precision}  # fmt: skip
+    device = "cuda" if options.gpu else "cpu"
     file = options.output / f"{options.sizes}-{'gpu' if options.gpu else 'cpu'}.json"
-    write_record(file, arguments, options.gpu, {**facts, "rows": rows})
+    what = {**facts, "rows": rows}
+    write_record(file, "bench_training.py", arguments, device, what)
     return 0
 
 

@@ -13,13 +13,13 @@ gpu.json to data/runs/throughput/.
 
 import argparse
 import os
-import statistics
 import sys
-import time
 from pathlib import Path
+from statistics import median
 
 import torch
-from bench_training import our_step, parts, seconds, write_record
+from bench_training import next_steps, our_step, parts
+from timing import seconds, write_record
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdbook.clip import Tokenizer
@@ -33,7 +33,7 @@ WORDS = 24  # tokens of a caption
 def peak_flops(device, dtype, side: int, rounds: int = 8) -> float:
     """The most operations a second in a product of two square matrices."""
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    times = [seconds(lambda _: a @ b, 1, 0) for _ in range(rounds)]
+    times = [seconds(torch.matmul, a, b) for _ in range(rounds)]
     return 2 * side**3 / min(times)
 
 
@@ -62,19 +62,18 @@ def measure(rows: list[dict], options) -> None:
         names = ("sizes", "batch", "precision", "compiled")
         try:
             step, flops, count = make_step(*(row[name] for name in names))
-            start = time.perf_counter()
-            seconds(step, 3, 0)  # compiles, allocates
             row |= {"flops": flops, "weights": count}
-            row["first_seconds"] = time.perf_counter() - start
+            row["first_seconds"] = seconds(next_steps(step, 3))  # compiles, allocates
             if options.gpu:
                 torch.cuda.reset_peak_memory_stats()
-            times = [seconds(step, options.steps, 3) for _ in range(options.rounds)]
+            steps = next_steps(step, options.steps)
+            times = [seconds(steps) for _ in range(options.rounds)]
         except torch.OutOfMemoryError:
             row["out_of_memory"] = True
             continue
         finally:
-            step = None
-        middle = statistics.median(times) / options.steps
+            step = steps = None
+        middle = median(times) / options.steps
         row |= {
             "pictures_per_second": row["batch"] / middle,
             "flops_per_second": flops / middle,
@@ -131,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     measure(rows, options)
     file = options.output / f"{'gpu' if options.gpu else 'cpu'}.json"
     what = {"peaks": options.peaks, "rows": rows}
-    write_record(file, arguments, options.gpu, what)
+    write_record(file, "measure_throughput.py", arguments, device, what)
     return 0
 
 
