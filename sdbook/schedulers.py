@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .weights import read_json, write_json
+from .files import read_json, write_json
 
 __all__ = [
     "Floats",
