@@ -1,4 +1,4 @@
-"""The networks that a measure of pictures asks: CLIP, ours or anybody's, and Inception."""
+"""The networks that measure pictures: CLIP, ours or anybody's, and Inception."""
 
 import functools
 import math
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from ..clip import CLIP, CLIPTextModel, Tokenizer
 from ..files import read_weights, save_weights
+from ..formats import model_folders
 from ..images import to_pixels
-from ..pipeline import model_folders
 
 
 @torch.no_grad()

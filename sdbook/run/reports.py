@@ -14,8 +14,9 @@ Records = dict[str, list[dict]]  # for each kind of prompt, what `evaluate` retu
 
 def markdown_table(heads: list[str], rows: Iterable[list]) -> str:
     """A Markdown table; all but its first column are to the right."""
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    first, *lines = [f"| {' | '.join(map(str, row))} |" for row in (heads, *rows)]
+    ruler = "|---|" + "---:|" * (len(heads) - 1)
+    return "\n".join([first, ruler, *lines]) + "\n"
 
 
 def scores_table(scores: dict[str, dict[str, int | float]]) -> str:
@@ -35,7 +36,9 @@ def scores_table(scores: dict[str, dict[str, int | float]]) -> str:
 
 
 def measures_table(measures: dict[str, dict[str, float]]) -> str:
-    """What `evaluation.measure` returns as a Markdown table."""
+    """What `evaluation.measure` returns as a Markdown table; nothing for nothing."""
+    if not measures:
+        return ""
     rows = [
         [name, f"{row['model']:.4g}", f"{row['real']:.4g}"]
         for name, row in measures.items()
@@ -56,7 +59,7 @@ def write_report(
     report = {"facts": facts, "scores": scores, "measures": measures, "records": rows}
     text = json.dumps(report, indent=1, ensure_ascii=False)
     (folder / "scores.json").write_text(text + "\n", encoding="utf-8")
-    text = scores_table(scores) + ("\n" + measures_table(measures) if measures else "")
+    text = "\n".join(filter(None, [scores_table(scores), measures_table(measures)]))
     (folder / "scores.md").write_text(text, encoding="utf-8")
     by_turns = [row for turn in zip(*records.values(), strict=False) for row in turn]
     for name, wanted in (("right", True), ("wrong", False)):
