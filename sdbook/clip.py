@@ -8,7 +8,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import fused_attention
+from .files import write_json
+from .formats import bare_text_names, own_weights, text_half
 from .resblocks import ResBlock
-from .weights import Config, Pretrained, rename_all, write_json
+from .weights import Config, Pretrained
 
 __all__ = [
     "byte_symbols",
@@ -262,6 +264,12 @@ class CLIPTextConfig(Config):
                 f"hidden_act={self.hidden_act!r}; use 'quick_gelu' or 'gelu'"
             )
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "the config"):
+        """Read config.json; of a whole CLIP, the half that reads."""
+        known = {field.name for field in fields(cls)} | cls.fixed.keys()
+        return super().from_dict(text_half(values, known), where)
+
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds."""
         return {**super().to_dict(), **self.fixed, "architectures": ["CLIPTextModel"]}
@@ -398,14 +406,13 @@ class CLIPTextModel(Pretrained, nn.Module):
         """What config.json holds; transformers has no `_class_name`."""
         return self.config.to_dict()
 
-    @staticmethod
-    def rename_on_load(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def rename_on_load(
+        self, state: dict[str, Tensor], ema: bool = True
+    ) -> dict[str, Tensor]:
         """Take keys with and without `text_model.`; drop `position_ids`."""
-        weights = {k: t for k, t in state.items() if not k.endswith("position_ids")}
-        return rename_all(weights, lambda key: key.removeprefix("text_model."))
+        return bare_text_names(own_weights(self, state, ema))
 
-    @staticmethod
-    def rename_on_save(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def rename_on_save(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Write `text_model.` before each key."""
         return {f"text_model.{key}": tensor for key, tensor in state.items()}
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .clip import CLIP, CLIPTextModel, Tokenizer
+from .files import read_weights, save_weights
 from .images import labelled_grid, to_pixels
 from .pipeline import StableDiffusion, model_folders
 from .scenes import (
@@ -40,7 +41,6 @@ from .scenes import (
     say,
     stands,
 )
-from .weights import read_weights, save_weights
 
 __all__ = [
     "SIDE",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .clip import CLIPTextModel, Tokenizer
+from .files import WeightsError, read_weights, write_atomically
 from .images import CaptionedImages
 from .pipeline import StableDiffusion
 from .training import (
@@ -25,7 +26,6 @@ from .training import (
     RunConfig,
     as_it_is,
     caption_ids,
-    captions_of,
     check_fits,
     check_side,
     count_steps,
@@ -37,7 +37,7 @@ from .training import (
     say_plan,
 )
 from .unet import UNet
-from .weights import WeightsError, build_empty, read_weights, write_atomically
+from .weights import build_empty
 
 __all__ = [
     "LowRank",
@@ -572,10 +572,10 @@ class PriorLoss:
     def __init__(self, loss, weight: int | float):
         self.loss, self.weight = loss, weight
 
-    def __call__(self, unet, batch, generator, *share):
+    def __call__(self, unet, batch, generator, *rows):
         new, prior = batch
-        loss, numbers = self.loss(unet, new, generator, *share)
-        kept, _ = self.loss(unet, prior, generator, *share)
+        loss, numbers = self.loss(unet, new, generator, *rows)
+        kept, _ = self.loss(unet, prior, generator, *rows)
         return loss + self.weight * kept, numbers | {"new": loss, "prior": kept}
 
 
@@ -773,7 +773,7 @@ def train_word(config: WordTrainingConfig) -> StableDiffusion | None:
     """
     dataset, pipe = open_dataset(config), open_model(config)
     number = add_word(pipe, config.word, config.like)
-    ids = caption_ids(pipe.tokenizer, captions_of(dataset))
+    ids = caption_ids(pipe.tokenizer, dataset.captions())
     without = int((ids != number).all(1).sum())
     if without:
         raise ValueError(
@@ -790,10 +790,10 @@ def train_word(config: WordTrainingConfig) -> StableDiffusion | None:
     loss = loss_for(config, pipe, pipe.encode_prompt([""])[0].float())
     words = NewWords(pipe.text_encoder, [number])
 
-    def loss_of(words, batch, generator, *share):
+    def loss_of(words, batch, generator, *rows):
         moments, ids = batch
         states = words(ids.to(generator.device))
-        return loss(pipe.unet, (moments, states), generator, *share)
+        return loss(pipe.unet, (moments, states), generator, *rows)
 
     data = LatentsWithIds(encoded, pipe.tokenizer)
     trained = optimise(config, words, data, loss_of, collate=as_it_is)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset, get_worker_info
 from tqdm.auto import tqdm
 
-from .weights import write_atomically
+from .files import write_atomically
 
 __all__ = [
     "KEY_LENGTH",

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import Attention
+from .files import WeightsError
+from .formats import own_weights, squeeze_matrices
 from .resblocks import Downsample, ResBlock, Upsample
-from .weights import Config, Pretrained, WeightsError
+from .weights import Config, Pretrained
 
 __all__ = [
     "stack",
@@ -25,18 +27,13 @@ __all__ = [
     "ImageAttention",
     "MidBlock",
     "DiagonalGaussian",
-    "BLOCK_TYPES",
-    "check_block_types",
-    "check_groups",
     "VAEConfig",
     "Encoder",
     "Decoder",
-    "squeeze_matrices",
     "check_size",
     "tile_starts",
     "fading",
     "in_tiles",
-    "InParts",
     "AutoencoderKL",
 ]
 
@@ -159,33 +156,6 @@ class DiagonalGaussian:
         return 0.5 * terms.sum(dim=(1, 2, 3))
 
 
-BLOCK_TYPES = {
-    "down_block_types": "DownEncoderBlock2D",
-    "up_block_types": "UpDecoderBlock2D",
-}
-
-
-def check_block_types(values: dict[str, Any], count: int, where: str) -> None:
-    """Raise WeightsError unless a config's `count` levels are of the plain types."""
-    for key, kind in BLOCK_TYPES.items():
-        given = values.get(key, [kind] * count)
-        if given not in ([kind] * count, (kind,) * count):
-            raise WeightsError(
-                f"{where}: {key}={given} is not what we build; it must be "
-                f"{kind!r}, {count} times"
-            )
-
-
-def check_groups(widths: tuple[int, ...], groups: int) -> None:
-    """Raise ValueError unless every level's width splits into the norms' groups."""
-    if any(width % groups for width in widths):
-        raise ValueError(
-            f"block_out_channels {widths} do not split into "
-            f"norm_num_groups={groups} groups; make every width "
-            "a multiple of it"
-        )
-
-
 @dataclass(frozen=True)
 class VAEConfig(Config):
     """The autoencoder's sizes, named as in diffusers; the defaults are SD 1.5's."""
@@ -206,29 +176,43 @@ class VAEConfig(Config):
         "act_fn": "silu", "shift_factor": None, "latents_mean": None,
         "latents_std": None,
     }
-    ignored: ClassVar[tuple[str, ...]] = ("force_upcast",)
+    ignored: ClassVar[tuple[str, ...]] = (
+        "force_upcast", "down_block_types", "up_block_types",
+    )
 
     def __post_init__(self):
-        check_groups(self.block_out_channels, self.norm_num_groups)
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        if any(width % groups for width in widths):
+            raise ValueError(
+                f"block_out_channels {widths} do not split into norm_num_groups="
+                f"{groups} groups; make every width a multiple of it"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "the config"):
+        """Read config.json, whose block types must be the plain ones."""
+        config = super().from_dict(values, where)
+        for key, plain in config.block_types().items():
+            if (given := values.get(key, plain)) not in (plain, tuple(plain)):
+                raise WeightsError(f"{where}: {key}={given}, but we build {plain}")
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds, block types included."""
+        return {**super().to_dict(), **self.block_types()}
+
+    def block_types(self) -> dict[str, list[str]]:
+        """The kind of every level, as diffusers names it; we have no other."""
+        count = len(self.block_out_channels)
+        return {
+            "down_block_types": ["DownEncoderBlock2D"] * count,
+            "up_block_types": ["UpDecoderBlock2D"] * count,
+        }
 
     @property
     def downscale(self) -> int:
         """Pixels per latent cell, along each side."""
         return 2 ** (len(self.block_out_channels) - 1)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "the config"):
-        """Read config.json, whose block types must be the plain ones."""
-        sizes = {key: value for key, value in values.items() if key not in BLOCK_TYPES}
-        config = super().from_dict(sizes, where)
-        check_block_types(values, len(config.block_out_channels), where)
-        return config
-
-    def to_dict(self) -> dict[str, Any]:
-        """What config.json holds, block types included."""
-        count = len(self.block_out_channels)
-        types = {key: [kind] * count for key, kind in BLOCK_TYPES.items()}
-        return {**super().to_dict(), **types}
 
 
 class Encoder(nn.Module):
@@ -282,15 +266,6 @@ class Decoder(nn.Module):
         for level in self.up_blocks:
             x = level(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-
-def squeeze_matrices(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Make matrices of the attention's 1 × 1 convolutions in original files."""
-    def squeeze(key: str, tensor: Tensor) -> Tensor:
-        is_matrix = ".attentions." in key and tensor.shape[2:] == (1, 1)
-        return tensor[:, :, 0, 0] if is_matrix else tensor
-
-    return {key: squeeze(key, tensor) for key, tensor in state.items()}
 
 
 def check_size(x: Float[Tensor, "b c h w"], factor: int) -> None:
@@ -350,15 +325,43 @@ def in_tiles(
     return total / weights
 
 
-class InParts:
-    """Mixin for a network with a `.config` that does large inputs piece by piece.
+class AutoencoderKL(Pretrained, nn.Module):
+    """The variational autoencoder of Stable Diffusion (Rombach et al., 2022).
 
-    Set `tile_size` (in pixels), and larger pictures are done in tiles that overlap;
-    set `slicing`, and batches are done one by one.
+    Pixels are in [-1, 1]. Latents are as the encoder gives them: multiply by
+    `config.scaling_factor` before the UNet, divide before `decode`. To save memory,
+    set `tile_size` (in pixels), and larger pictures are done in tiles that overlap; set
+    `slicing`, and batches are done one by one.
     """
 
+    config_class = VAEConfig
+    diffusers_class = "AutoencoderKL"
     slicing = False
     _tile_size = None
+
+    def __init__(self, config: VAEConfig | None = None):
+        super().__init__()
+        self.config = config = config or VAEConfig()
+        channels = config.latent_channels
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quant_conv = self.post_quant_conv = nn.Identity()
+        if config.use_quant_conv:
+            self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
+        if config.use_post_quant_conv:
+            self.post_quant_conv = nn.Conv2d(channels, channels, 1)
+
+    def encode(self, x: Float[Tensor, "b c h w"]) -> DiagonalGaussian:
+        """Pixels in [-1, 1] to the distribution of their latents.
+
+        Raises ValueError when a side is not a multiple of `config.downscale`.
+        """
+        check_size(x, self.config.downscale)
+        steps = nn.Sequential(self.encoder, self.quant_conv)
+        return DiagonalGaussian(self.in_parts(steps, x, self.config.downscale))
+
+    def decode(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
+        """Unscaled latents to pixels, about [-1, 1] (not clamped)."""
+        return self.in_parts(nn.Sequential(self.post_quant_conv, self.decoder), z, 1)
 
     @property
     def tile_size(self) -> int | None:
@@ -385,46 +388,15 @@ class InParts:
             return function(x)
         return in_tiles(function, x, tile, cell)
 
-
-class AutoencoderKL(InParts, Pretrained, nn.Module):
-    """The variational autoencoder of Stable Diffusion (Rombach et al., 2022).
-
-    Pixels are in [-1, 1]. Latents are as the encoder gives them: multiply by
-    `config.scaling_factor` before the UNet, divide before `decode`. To save memory,
-    set `tile_size` or `slicing` (see `InParts`).
-    """
-
-    config_class = VAEConfig
-    diffusers_class = "AutoencoderKL"
-    rename_on_load = staticmethod(squeeze_matrices)
-
-    def __init__(self, config: VAEConfig | None = None):
-        super().__init__()
-        self.config = config = config or VAEConfig()
-        channels = config.latent_channels
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.quant_conv = self.post_quant_conv = nn.Identity()
-        if config.use_quant_conv:
-            self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
-        if config.use_post_quant_conv:
-            self.post_quant_conv = nn.Conv2d(channels, channels, 1)
-
-    def encode(self, x: Float[Tensor, "b c h w"]) -> DiagonalGaussian:
-        """Pixels in [-1, 1] to the distribution of their latents.
-
-        Raises ValueError when a side is not a multiple of `config.downscale`.
-        """
-        check_size(x, self.config.downscale)
-        steps = nn.Sequential(self.encoder, self.quant_conv)
-        return DiagonalGaussian(self.in_parts(steps, x, self.config.downscale))
-
-    def decode(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
-        """Unscaled latents to pixels, about [-1, 1] (not clamped)."""
-        return self.in_parts(nn.Sequential(self.post_quant_conv, self.decoder), z, 1)
-
     def forward(
         self, x: Float[Tensor, "b c h w"], generator: torch.Generator | None = None
     ) -> tuple[Float[Tensor, "b c2 h w"], DiagonalGaussian]:
         """For training: encode, draw, decode; the picture and the distribution."""
         distribution = self.encode(x)
         return self.decode(distribution.sample(generator)), distribution
+
+    def rename_on_load(
+        self, state: dict[str, Tensor], ema: bool = True
+    ) -> dict[str, Tensor]:
+        """Also read the original's names, and diffusers' of its first days."""
+        return squeeze_matrices(own_weights(self, state, ema))

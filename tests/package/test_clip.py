@@ -17,7 +17,7 @@ from sdbook.clip import (
     contrastive_loss,
     quick_gelu,
 )
-from sdbook.weights import WeightsError, write_json
+from sdbook.files import WeightsError, write_json
 
 CAPTIONS = [
     f"{count} {colour} {shape}s {where} a {other} house"

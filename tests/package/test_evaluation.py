@@ -70,8 +70,8 @@ from sdbook.evaluation import (
     wilson,
     write_geneval,
 )
+from sdbook.files import read_weights
 from sdbook.pipeline import Pictures, StableDiffusion
-from sdbook.weights import read_weights
 
 JUDGE = Judge()
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from sdbook import StableDiffusion, data, evaluation, finetuning, training
 from sdbook.data import Scenes, write_folder
+from sdbook.files import WeightsError, read_weights
 from sdbook.finetuning import (
     LoRA,
     LoRATrainingConfig,
@@ -31,7 +32,6 @@ from sdbook.finetuning import (
     train_word,
 )
 from sdbook.training import DiffusionLoss, step_generator
-from sdbook.weights import WeightsError, read_weights
 
 WORD = "<glorp>"
 

@@ -20,17 +20,11 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from sdbook.clip import CLIPTextModel
+from sdbook.files import WeightsError, download, read_weights
+from sdbook.formats import averaged_name, renamed_keys, to_original
 from sdbook.pipeline import StableDiffusion
 from sdbook.unet import UNet, UNetConfig
 from sdbook.vae import AutoencoderKL, VAEConfig
-from sdbook.weights import (
-    WeightsError,
-    averaged_name,
-    download,
-    read_weights,
-    renamed_keys,
-    to_original,
-)
 
 # Files that do not come from our own writer: the names and shapes of CompVis's
 # classes, written down from their constructors, in the order of their loops.
@@ -558,8 +552,7 @@ def test_a_variant_beside_the_usual_files(pipe, folder, tmp_path, shard_size):
         StableDiffusion.from_pretrained(tmp_path / "model", variant="bf16")
 
 
-def test_tensors_of_every_kind_and_size_are_mapped(tmp_path, monkeypatch):
-    monkeypatch.setattr("sdbook.weights.PIECE", 64)
+def test_tensors_of_every_kind_and_size_are_mapped(tmp_path):
     kinds = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
     tensors = {
         f"{size}.{kind}": (torch.rand(size) * 9).to(kind)
@@ -973,10 +966,8 @@ def test_a_pickle_that_runs_code_is_refused(original, folder, tmp_path, name):
 # ---- memory ----
 
 MEASURE = """
-import resource, sys, torch, sdbook.pipeline, sdbook.weights
+import resource, sys, torch, sdbook.pipeline
 from sdbook import StableDiffusion
-
-sdbook.weights.PIECE = 2**25  # in 110 MB, the several pieces of a large file
 
 def peak():
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

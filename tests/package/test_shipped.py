@@ -13,9 +13,9 @@ from PIL import Image
 
 from sdbook.data import RELATIONS, SHAPES, Scenes, draw
 from sdbook.evaluation import Judge
+from sdbook.files import read_weights
 from sdbook.pipeline import StableDiffusion, to_pictures
 from sdbook.training import reconstruction_psnr
-from sdbook.weights import read_weights
 
 MODEL = ROOT / "data" / "models" / "scenes"
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from helpers import relative_error
 
+from sdbook.files import WeightsError, write_json
 from sdbook.vae import AutoencoderKL, DiagonalGaussian, VAEConfig
-from sdbook.weights import WeightsError, write_json
 
 CONFIGS = {
     "four levels": VAEConfig(

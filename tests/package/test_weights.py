@@ -13,16 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from sdbook.weights import (
-    Config,
-    Pretrained,
+from sdbook.files import (
     WeightsError,
-    build_empty,
-    load_strictly,
     read_weights,
     save_weights,
+    write_atomically,
     write_json,
 )
+from sdbook.weights import Config, Pretrained, build_empty, load_strictly
 
 
 @dataclass(frozen=True)
@@ -187,17 +185,21 @@ def test_pickle_is_read_without_running_code(folder):
         Tiny.from_pretrained(folder)
 
 
-def test_failed_write_leaves_the_old_file(folder, monkeypatch):
-    before = (folder / Tiny.weights_name).read_bytes()
+def test_failed_write_leaves_the_old_file(folder):
+    path = folder / Tiny.weights_name
+    before = path.read_bytes()
 
-    def broken(tensors, file, metadata=None):
+    def broken(file):
         file.write_bytes(b"half a")
         raise OSError("disk full")
 
-    monkeypatch.setattr("sdbook.weights.save_file", broken)
     with pytest.raises(OSError, match="disk full"):
-        Tiny().save_pretrained(folder)
-    assert (folder / Tiny.weights_name).read_bytes() == before
+        write_atomically(path, broken)
+    model = Tiny()
+    model.linear.bias = nn.Parameter(torch.zeros(2).to_sparse())  # cannot be written
+    with pytest.raises((ValueError, RuntimeError)):
+        model.save_pretrained(folder)
+    assert path.read_bytes() == before
     assert not list(folder.glob(".*"))
 
 
@@ -218,14 +220,24 @@ def test_whole_numbers_are_no_weights(folder):
         load_strictly(Tiny(), state)
 
 
-@pytest.mark.parametrize("kind", ["U64", "Q4_K"])  # one that safetensors knows, or not
-def test_an_unknown_type_of_numbers_is_named(tmp_path, kind):
-    entry = {"dtype": kind, "shape": [2], "data_offsets": [0, 16]}
-    header = json.dumps({"weight": entry}).encode()
+def write_header(path, kind, count, size):
+    entry = {"dtype": kind, "shape": [count], "data_offsets": [0, size]}
+    header = json.dumps({"linear.bias": entry}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+
+
+def test_an_unknown_type_of_numbers_is_named(tmp_path):
     path = tmp_path / "model.safetensors"
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
-    with pytest.raises(WeightsError, match=f"numbers of the type {kind}, which we"):
+    write_header(path, "Q4_K", 2, 16)
+    with pytest.raises(WeightsError, match="numbers of the type Q4_K, which we"):
         read_weights(path)
+
+
+def test_numbers_that_are_no_weights_are_named(folder):
+    path = folder / Tiny.weights_name
+    write_header(path, "U64", 2, 16)
+    with pytest.raises(WeightsError, match=r"safetensors.*(uint64|U64)"):
+        Tiny.from_pretrained(folder)
 
 
 def test_the_suffix_may_be_in_capitals(folder):
@@ -236,7 +248,7 @@ def test_the_suffix_may_be_in_capitals(folder):
 
 CROWDED = """
 import errno, os, resource, sys
-from sdbook.weights import read_weights
+from sdbook.files import read_weights
 
 read_weights(sys.argv[1])  # imports what it needs
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))

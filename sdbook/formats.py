@@ -1,0 +1,227 @@
+"""File formats of the world
+
+Generated from chapters/B_file_formats.ipynb; do not edit.
+"""
+
+import re
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from .files import WeightsError
+
+__all__ = [
+    "UNET_RULES",
+    "VAE_RULES",
+    "OLD_VAE_RULES",
+    "as_pattern",
+    "count_places",
+    "rename",
+    "NAMINGS",
+    "renamed_keys",
+    "averaged_name",
+    "is_for_training",
+    "take_averages",
+    "rename_all",
+    "own_weights",
+    "squeeze_matrices",
+    "bare_text_names",
+    "text_half",
+    "to_original",
+]
+
+
+UNET_RULES = (
+    ("time_embedding.linear_1.", "time_embed.0."),
+    ("time_embedding.linear_2.", "time_embed.2."),
+    ("conv_in.", "input_blocks.0.0."),
+    ("conv_norm_out.", "out.0."),
+    ("conv_out.", "out.2."),
+    ("resnets.{layer}.norm1.", "resnets.{layer}.in_layers.0."),
+    ("resnets.{layer}.conv1.", "resnets.{layer}.in_layers.2."),
+    ("resnets.{layer}.time_emb_proj.", "resnets.{layer}.emb_layers.1."),
+    ("resnets.{layer}.norm2.", "resnets.{layer}.out_layers.0."),
+    ("resnets.{layer}.conv2.", "resnets.{layer}.out_layers.3."),
+    ("resnets.{layer}.conv_shortcut.", "resnets.{layer}.skip_connection."),
+    ("down_blocks.{level}.resnets.{layer}.", "input_blocks.{after}.0."),
+    ("down_blocks.{level}.attentions.{layer}.", "input_blocks.{after}.1."),
+    ("down_blocks.{level}.downsamplers.0.conv.", "input_blocks.{after}.0.op."),
+    ("mid_block.resnets.0.", "middle_block.0."),
+    ("mid_block.attentions.0.", "middle_block.1."),
+    ("mid_block.resnets.1.", "middle_block.2."),
+    ("up_blocks.{level}.resnets.{layer}.", "output_blocks.{place}.0."),
+    ("up_blocks.{level}.attentions.{layer}.", "output_blocks.{place}.1."),
+    ("up_blocks.{level}.upsamplers.0.conv.", "output_blocks.{place}.{last}.conv."),
+)
+
+
+VAE_RULES = (
+    ("conv_norm_out.", "norm_out."),
+    ("conv_shortcut.", "nin_shortcut."),
+    ("attentions.0.group_norm.", "attentions.0.norm."),
+    ("attentions.0.to_q.", "attentions.0.q."),
+    ("attentions.0.to_k.", "attentions.0.k."),
+    ("attentions.0.to_v.", "attentions.0.v."),
+    ("attentions.0.to_out.0.", "attentions.0.proj_out."),
+    ("mid_block.attentions.0.", "mid.attn_1."),
+    ("mid_block.resnets.0.", "mid.block_1."),
+    ("mid_block.resnets.1.", "mid.block_2."),
+    ("down_blocks.{level}.resnets.{layer}.", "down.{level}.block.{layer}."),
+    ("down_blocks.{level}.downsamplers.0.", "down.{level}.downsample."),
+    ("up_blocks.{level}.resnets.{layer}.", "up.{mirror}.block.{layer}."),
+    ("up_blocks.{level}.upsamplers.0.", "up.{mirror}.upsample."),
+)
+OLD_VAE_RULES = (
+    (".attentions.0.to_q.", ".attentions.0.query."),
+    (".attentions.0.to_k.", ".attentions.0.key."),
+    (".attentions.0.to_v.", ".attentions.0.value."),
+    (".attentions.0.to_out.0.", ".attentions.0.proj_attn."),
+)
+
+
+@cache
+def as_pattern(rule: str) -> re.Pattern:
+    """`resnets.{layer}.` as a regular expression that finds the number."""
+    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(rule)))
+
+
+def count_places(config, level: int, layer: int) -> dict[str, int]:
+    """The numbers that a rule may write, from where a block is in our tree."""
+    levels = len(config.block_out_channels)
+    place = (config.layers_per_block + 1) * level + layer
+    kinds = getattr(config, "up_block_types", ("",) * levels)
+    return {
+        "level": level, "layer": layer, "place": place, "after": place + 1,
+        "mirror": levels - 1 - level, "last": 1 + ("CrossAttn" in kinds[level]),
+    }
+
+
+def rename(key: str, rules: tuple, config) -> str:
+    """One of our keys in the words of others: each rule in turn."""
+    for ours, theirs in rules:
+        found = as_pattern(ours).search(key)
+        if found:
+            numbers = {name: int(text) for name, text in found.groupdict().items()}
+            if "level" in numbers:  # a sampler has no layer: it comes last
+                layer = numbers.get("layer", config.layers_per_block)
+                numbers = count_places(config, numbers["level"], layer)
+            key = key[: found.start()] + theirs.format(**numbers) + key[found.end() :]
+    return key
+
+
+# Of each class, by diffusers' name for it: prefix and rules of the original first.
+NAMINGS = {
+    "UNet2DConditionModel": [("model.diffusion_model.", UNET_RULES)],
+    "AutoencoderKL": [
+        ("first_stage_model.", VAE_RULES), ("first_stage_model.", OLD_VAE_RULES),
+    ],
+    "CLIPTextModel": [("cond_stage_model.transformer.", ())],
+}
+
+
+def renamed_keys(model: nn.Module, naming: int = 0) -> dict[str, str]:
+    """Each key of the model's file, and what others call it: {ours: theirs}."""
+    prefix, rules = NAMINGS[model.diffusers_class][naming]
+    keys = model.rename_on_save(model.state_dict())
+    return {key: prefix + rename(key, rules, model.config) for key in keys}
+
+
+def averaged_name(key: str) -> str:
+    """Where an original checkpoint keeps the running average (EMA) of a weight."""
+    return "model_ema." + key.removeprefix("model.").replace(".", "")
+
+
+def is_for_training(key: str) -> bool:
+    """Whether an original checkpoint's key is no weight of the three networks."""
+    return key.startswith(("model_ema.", "loss.")) or "." not in key
+
+
+def take_averages(
+    part: dict[str, Tensor], state: dict[str, Tensor], names: set[str]
+) -> dict[str, Tensor]:
+    """The averaged copy of `names` in place of the other; what is unknown stays."""
+    averages = {averaged_name(name): name for name in names}
+    counters = ("model_ema.decay", "model_ema.num_updates")  # of the averaging itself
+    taken = {key: tensor for key, tensor in part.items() if key not in names}
+    for key, tensor in state.items():
+        if key.startswith("model_ema.") and key not in counters:
+            taken[averages.get(key, key)] = tensor
+    return taken
+
+
+def rename_all(
+    state: dict[str, Tensor], new_name: Callable[[str], str]
+) -> dict[str, Tensor]:
+    """Rename every key; WeightsError where two of them would get one name."""
+    sources = {}
+    for key in state:
+        other = sources.setdefault(new_name(key), key)
+        if other != key:
+            raise WeightsError(
+                f"{other} and {key} are two names of one weight, {new_name(key)}; "
+                "remove the one that does not belong to the model"
+            )
+    return {name: state[key] for name, key in sources.items()}
+
+
+def own_weights(
+    model: nn.Module, state: dict[str, Tensor], ema: bool = True
+) -> dict[str, Tensor]:
+    """What of a file belongs to the model, with the names of the model's own file.
+
+    Of an original checkpoint that holds the UNet twice it takes the averaged (EMA)
+    copy, or with `ema=False` the other. Names that it does not know stay, so that
+    strict loading can list them. Raises WeightsError for a weight with two names.
+    """
+    namings = NAMINGS[model.diffusers_class]
+    prefix, ours = namings[0][0], {}
+    for naming in range(len(namings)):
+        ours |= {name: key for key, name in renamed_keys(model, naming).items()}
+    part = {key: t for key, t in state.items() if key.startswith(prefix)}
+    if ema and any(averaged_name(name) in state for name in ours):
+        part = take_averages(part, state, set(ours))
+    if part:
+        return rename_all(part, lambda key: ours.get(key, key).removeprefix(prefix))
+    if any(ours.get(prefix + key, key) != key for key in state):
+        # The original's network alone, perhaps with what only training needed.
+        state = {key: t for key, t in state.items() if not is_for_training(key)}
+    return rename_all(state, lambda key: ours.get(prefix + key, key))
+
+
+def squeeze_matrices(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Make matrices of the attention's 1 × 1 convolutions in original files."""
+    def squeeze(key: str, tensor: Tensor) -> Tensor:
+        is_matrix = ".attentions." in key and tensor.shape[2:] == (1, 1)
+        return tensor[:, :, 0, 0] if is_matrix else tensor
+
+    return {key: squeeze(key, tensor) for key, tensor in state.items()}
+
+
+def bare_text_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A text encoder's weights without `text_model.`; of a whole CLIP, its half."""
+    if any(key.startswith("vision_model.") for key in state):
+        state = {k: t for k, t in state.items() if k.startswith("text_model.")}
+    state = {k: t for k, t in state.items() if not k.endswith("position_ids")}
+    return rename_all(state, lambda key: key.removeprefix("text_model."))
+
+
+def text_half(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    """A text encoder's config; of a whole CLIP's, the `known` options of its half."""
+    half = values.get("text_config")
+    if not isinstance(half, dict):
+        return values
+    return {key: value for key, value in half.items() if key in known}
+
+
+def to_original(model: nn.Module) -> dict[str, Tensor]:
+    """The weights as an original Stable Diffusion file has them, ready to be saved."""
+    state_dict = model.rename_on_save(model.state_dict())
+    original = {}
+    for key, name in renamed_keys(model).items():
+        tensor = state_dict[key]
+        if ".attn_1." in name and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]  # there, a 1 × 1 convolution
+        original[name] = tensor
+    return original
