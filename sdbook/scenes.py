@@ -153,12 +153,9 @@ SHAPES |= {
 def shades(colour: str) -> dict[str, tuple[int, ...]]:
     """What the parts of a thing are filled with, as RGBA; a hole with nothing."""
     base = np.array(COLOURS[colour], dtype=float)
-    return {
-        "plain": (*base.astype(int), 255),
-        "dark": (*(base * 0.62).astype(int), 255),
-        "light": (*(base * 0.45 + 255 * 0.55).astype(int), 255),
-        "hole": (0, 0, 0, 0),
-    }
+    tones = {"plain": base, "dark": base * 0.62, "light": base * 0.45 + 255 * 0.55}
+    fills = {name: (*tone.astype(int).tolist(), 255) for name, tone in tones.items()}
+    return fills | {"hole": (0, 0, 0, 0)}
 
 
 def paint(
