@@ -48,12 +48,13 @@ FLOORS = {
     "training.loss": 4.5,
     "run": 4.4,
     "run.plan": 4.3,
-    "run.tables": 4.2,
     "run.checkpoints": 4.2,
-    "run.processes": 4.1,
-    "run.logs": 4.1,
+    "run.processes": 4.2,
+    "run.logs": 4.2,
+    "run.memory": 4.2,
     "run.progress": 4.1,
-    "run.settings": 4,
+    "run.tables": 4.1,
+    "run.settings": 4.1,
     "__init__": 4.1,  # hands on StableDiffusion
     "pipeline": 4,
     "unet": 3,
@@ -73,7 +74,8 @@ FLOORS = {
 }
 
 # Not rebuilt yet; this list is to become empty, and to go.
-NOT_YET = {"training", "pipeline", "schedulers", "unet", "finetuning"}
+NOT_YET = {"schedulers", "unet", "training.unet", "training.vae"}
+NOT_YET |= {"training.loss", "training.clip"}
 
 # A base class with one child says *is a*, and why.
 ONE_CHILD = {
