@@ -1,6 +1,6 @@
 """Does the picture show what the prompt says?
 
-Generated from chapters/11_evaluation.ipynb, chapters/C_usual_measures.ipynb; do not
+Generated from chapters/11_evaluation.ipynb, chapters/D_usual_measures.ipynb; do not
 edit.
 """
 
