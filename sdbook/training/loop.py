@@ -29,16 +29,22 @@ from ..run.progress import StopNote, leave_signals_to_main, progress
 from ..run.settings import RunConfig
 
 __all__ = [
-    "StepSampler",
     "step_generator",
+    "StepSampler",
     "learning_rate_at",
     "EMA",
     "Run",
     "take_step",
-    "optimise",
     "as_it_is",
     "step_loader",
+    "optimise",
 ]
+
+
+def step_generator(seed: int, step: int, device="cpu") -> torch.Generator:
+    """A random generator that depends on the step alone, so resuming is exact."""
+    words = np.random.SeedSequence((seed, step)).generate_state(2)
+    return torch.Generator(device).manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
 class StepSampler(Sampler):
@@ -78,12 +84,6 @@ class StepSampler(Sampler):
             for part in range(self.parts):
                 start = part * self.world + self.rank
                 yield picks[start :: self.world * self.parts]
-
-
-def step_generator(seed: int, step: int, device="cpu") -> torch.Generator:
-    """A random generator that depends on the step alone, so resuming is exact."""
-    words = np.random.SeedSequence((seed, step)).generate_state(2)
-    return torch.Generator(device).manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
 def learning_rate_at(step: int, config: RunConfig) -> float:
@@ -137,17 +137,19 @@ class Run:
         self.device, self.main = accelerator.device, accelerator.is_main_process
         self.config = config = count_steps(config, size, self.world)
         self.pictures = pictures_per_step(config, self.world)
+
         self.module = module.to(self.device, memory_format=torch.channels_last)
         self.ema = EMA(module, config.ema_decay) if config.ema_decay else None
         self.averaged = self.ema.shadow if self.ema else module
+        if getattr(config, "gradient_checkpointing", False):
+            recompute_blocks(module)
         optimiser = torch.optim.AdamW(
             module.parameters(), lr=config.learning_rate,
             weight_decay=config.weight_decay, fused=True,
         )  # fmt: skip
-        if getattr(config, "gradient_checkpointing", False):
-            recompute_blocks(module)
         compiled = torch.compile(module) if config.compile else module
         self.wrapped, self.optimiser = accelerator.prepare(compiled, optimiser)
+
         self.meter = Meter()
         self.log = Log(Path(config.output_dir) / "log.jsonl", self.main)
         self.parts = {"model": module, "optimiser": optimiser, "meter": self.meter}
@@ -159,6 +161,7 @@ class Run:
         open_tracker(self)
 
     def learning_rate(self, step: int) -> float:
+        """The learning rate of a step."""
         return self.config.learning_rate * learning_rate_at(step, self.config)
 
     def save(self, step: int) -> None:
@@ -208,6 +211,33 @@ def take_step(run: Run, step: int, loss_of: Callable, batches) -> None:
         run.ema.update(run.module, step)
 
 
+def as_it_is(batch):
+    """The collation of a dataset that already gives whole batches."""
+    return batch
+
+
+def step_loader(run: Run, dataset: Dataset, collate=None) -> DataLoader:
+    """This process's batches, from the first step to the last."""
+    config, parts = run.config, run.config.gradient_accumulation_steps
+    workers = {"num_workers": config.num_workers}
+    workers["worker_init_fn"] = leave_signals_to_main
+    if hasattr(dataset, "steps"):  # a stream deals its pictures out itself
+        batches = dataset.steps(
+            config.batch_size, config.seed, run.first * parts,
+            config.max_steps * parts, run.rank, run.world,
+        )  # fmt: skip
+        collate = collate or default_collate
+        return DataLoader(batches, batch_size=None, collate_fn=collate, **workers)
+    sampler = StepSampler(
+        len(dataset), run.pictures, config.seed, run.first, config.max_steps,
+        run.rank, run.world, parts,
+    )  # fmt: skip
+    return DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=collate,
+        persistent_workers=config.num_workers > 0, **workers,
+    )  # fmt: skip
+
+
 def optimise(
     config: RunConfig,
     module: nn.Module,
@@ -242,30 +272,3 @@ def optimise(
                     f"after step {step + 1}; the same command goes on from there"
                 )
     return run.finish()
-
-
-def as_it_is(batch):
-    """The collation of a dataset that already gives whole batches."""
-    return batch
-
-
-def step_loader(run: Run, dataset: Dataset, collate=None) -> DataLoader:
-    """This process's batches, from the first step to the last."""
-    config, parts = run.config, run.config.gradient_accumulation_steps
-    workers = {"num_workers": config.num_workers}
-    workers["worker_init_fn"] = leave_signals_to_main
-    if hasattr(dataset, "steps"):  # a stream deals its pictures out itself
-        batches = dataset.steps(
-            config.batch_size, config.seed, run.first * parts,
-            config.max_steps * parts, run.rank, run.world,
-        )  # fmt: skip
-        collate = collate or default_collate
-        return DataLoader(batches, batch_size=None, collate_fn=collate, **workers)
-    sampler = StepSampler(
-        len(dataset), run.pictures, config.seed, run.first, config.max_steps,
-        run.rank, run.world, parts,
-    )  # fmt: skip
-    return DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collate,
-        persistent_workers=config.num_workers > 0, **workers,
-    )  # fmt: skip
