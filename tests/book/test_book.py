@@ -478,7 +478,7 @@ def test_pages_work_as_files(browser, site):
     assert not [url for url in asked if url.startswith("failed:")]
     # The search cannot look into files for an excerpt, but it finds the titles.
     page.goto((site / "search.html").as_uri() + "?q=palette")
-    page.wait_for_selector("ul.search li:has-text('The whole picture')")
+    page.wait_for_selector("ul.search li:has-text('Pictures on the page')")
     page.close()
     allowed = ("file:", "data:", "failed: file:")
     assert not [url for url in asked if not url.startswith(allowed)]
@@ -524,7 +524,7 @@ def test_sliders_move_by_themselves_with_the_keyboard(open_page):
 
 def test_search_finds_a_chapter_and_there_is_one_search_bar(open_page):
     page = open_page("search.html?q=palette")
-    page.wait_for_selector("ul.search li:has-text('The whole picture')")
+    page.wait_for_selector("ul.search li:has-text('Pictures on the page')")
     page = open_page("chapters/00_the_whole_picture.html")
     bars = page.locator("button.search-button-field:visible, form.bd-search:visible")
     assert bars.count() == 1
