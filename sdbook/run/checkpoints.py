@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..files import write_atomically
 from .settings import RunConfig
@@ -67,25 +67,39 @@ def load_checkpoint(path: Path, parts: dict) -> int:
     Raises ValueError for a file that is torn, or of another model.
     """
     state = read_checkpoint(path)
-    try:
-        parts["model"].load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise other_model(path, str(error).splitlines()[1].strip()) from None
+    compare(path, state["model"], parts["model"].state_dict())
     # An average or a scaler begun only now has no state there.
     state = {"ema": state["model"], **state}
     for name, part in parts.items():
-        if name != "model" and name in state:
+        if name in state:
             part.load_state_dict(state[name])
     return state["step"]
 
 
-def other_model(path: Path, why: str) -> ValueError:
-    """The error for a checkpoint that does not fit the settings."""
-    return ValueError(
-        f"{path} is of another model ({why}); set the sizes (unet_preset, "
-        "layers_per_block, rank and so on) as they were, or choose another "
-        "output_dir, or set resume to none to start from zero"
-    )
+def check_fits(path: Path | None, model: nn.Module) -> None:
+    """Raise ValueError if a checkpoint is of a model with other weights than this.
+
+    Reads no weights, so the model may live on the meta device.
+    """
+    if path is not None:
+        theirs = read_checkpoint(path, mapped=True)["model"]
+        compare(path, theirs, model.state_dict())
+
+
+def compare(path: Path, theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+    """Raise ValueError unless a checkpoint's weights have our names and shapes."""
+    for name in [*ours, *theirs]:
+        there, here = (
+            tuple(state[name].shape) if name in state else "missing"
+            for state in (theirs, ours)
+        )
+        if there != here:
+            raise ValueError(
+                f"{path} is of another model ({name} is {there} there and {here} "
+                "here); set the sizes (unet_preset, layers_per_block, rank and so on) "
+                "as they were, or choose another output_dir, or set resume to none to "
+                "start from zero"
+            )
 
 
 def find_checkpoint(config: RunConfig) -> Path | None:
@@ -115,24 +129,6 @@ def find_checkpoint(config: RunConfig) -> Path | None:
             "output_dir of a run, auto or none"
         )
     return None
-
-
-def check_fits(path: Path | None, model: nn.Module) -> None:
-    """Raise ValueError if a checkpoint is of a model with other weights than this.
-
-    Reads no weights, so the model may live on the meta device.
-    """
-    if path is None:
-        return
-    theirs = read_checkpoint(path, mapped=True)["model"]
-    ours = model.state_dict()
-    for name in [*ours, *theirs]:
-        there, here = (
-            tuple(state[name].shape) if name in state else "missing"
-            for state in (theirs, ours)
-        )
-        if there != here:
-            raise other_model(path, f"{name} is {there} there and {here} here")
 
 
 def set_aside(folder: Path, first: int) -> None:

@@ -117,13 +117,13 @@ def check_schedule(config: TrainingConfig) -> None:
     if folder is None or not folder.is_dir():
         return
     theirs, ours = load_scheduler(folder).config, make_noise_schedule(config).config
-    for key, name in (
-        ("prediction_type", "prediction_type"), ("beta_schedule", "beta_schedule"),
-        ("diffusion_steps", "num_train_timesteps"),
-        ("rescale_betas_zero_snr", "rescale_betas_zero_snr"),
+    for name in (
+        "prediction_type", "beta_schedule", "num_train_timesteps",
+        "rescale_betas_zero_snr",
     ):  # fmt: skip
         was, is_ = (getattr(one, name, None) for one in (theirs, ours))
         if was != is_:
+            key = {"num_train_timesteps": "diffusion_steps"}.get(name, name)
             warnings.warn(
                 f"{key} is {is_}, but {config.pretrained} was trained with {was}; "
                 f"unless you mean to change it, set {key} to {was}",
@@ -183,36 +183,24 @@ def find_sizes(config: TrainingConfig) -> UNetConfig:
     unet = asked = asked_shape(config)
     if config.pretrained:
         unet = UNet.find_config(source_of(config, "unet"))
-        check_same_shape(config, asked or unet, unet, {"sample_size", *fitting})
-        check_parts_fit(config, unet, fitting)
+        wanted = replace(asked or unet, **fitting, sample_size=unet.sample_size)
+        check_same(config.pretrained, wanted, unet)
     halvings = 2 ** (len(unet.block_out_channels) - 1)
     check_side(config.image_size, vae.downscale * halvings, "the VAE with this UNet")
     return replace(unet, **fitting, sample_size=config.image_size // vae.downscale)
 
 
-def check_same_shape(
-    config: TrainingConfig, asked: UNetConfig, unet: UNetConfig, free: set[str]
-) -> None:
-    """Raise ValueError where the settings ask for another shape than `pretrained`'s."""
-    for name in (field.name for field in fields(unet) if field.name not in free):
-        ours, theirs = getattr(asked, name), getattr(unet, name)
+def check_same(pretrained: str, wanted: UNetConfig, unet: UNetConfig) -> None:
+    """Raise ValueError where shape or parts are others than `pretrained` has."""
+    keys = {"cross_attention_dim": "text_encoder_path"}
+    keys |= {"in_channels": "vae_weights_path", "out_channels": "vae_weights_path"}
+    for name in (field.name for field in fields(unet)):
+        ours, theirs = getattr(wanted, name), getattr(unet, name)
         if ours != theirs:
+            key = keys.get(name, "unet_preset, unet_dim or unet_config")
             raise ValueError(
-                f"{name} is {ours}, but the UNet of {config.pretrained} has {theirs}; "
-                "leave out unet_preset, unet_dim and unet_config: the shape is taken "
-                "from there"
-            )
-
-
-def check_parts_fit(config: TrainingConfig, unet: UNetConfig, fitting: dict) -> None:
-    """Raise ValueError where a part is not one that `pretrained` was trained with."""
-    for name, size in fitting.items():
-        if getattr(unet, name) != size:
-            key = "text_encoder_path" if "cross" in name else "vae_weights_path"
-            raise ValueError(
-                f"{key}: the UNet of {config.pretrained} has {name} "
-                f"{getattr(unet, name)}, but this part gives {size}; leave {key} out "
-                "to take the part that it was trained with"
+                f"{key}: {name} would be {ours}, but the UNet of {pretrained} has "
+                f"{theirs}; leave {key} out to take what it was trained with"
             )
 
 
