@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ..files import write_atomically
-from .settings import RunConfig
+from .settings import RunConfig, facts_of
 
 
-def save_checkpoint(folder: Path, step: int, parts: dict, keep: int = 1) -> Path:
-    """Write the state of all `parts` as step-….pt, whole or not at all.
+def save_checkpoint(folder: Path, step: int, stateful: dict, keep: int = 1) -> Path:
+    """Write the state of all that is `stateful` as step-….pt, whole or not at all.
 
     Older ones beyond `keep` are removed afterwards. Raises OSError, naming the last
     whole one, when it cannot be written.
     """
-    state = {name: part.state_dict() for name, part in parts.items()}
+    state = {name: part.state_dict() for name, part in stateful.items()}
     path = Path(folder) / f"step-{step:08d}.pt"
 
     def write(temporary: Path) -> None:
@@ -61,16 +61,16 @@ def read_checkpoint(path: Path, mapped: bool = False) -> dict:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
-def load_checkpoint(path: Path, parts: dict) -> int:
-    """Give all `parts` their state back; returns the step to go on with.
+def load_checkpoint(path: Path, stateful: dict) -> int:
+    """Give all that is `stateful` its state back; returns the step to go on with.
 
     Raises ValueError for a file that is torn, or of another model.
     """
     state = read_checkpoint(path)
-    compare(path, state["model"], parts["model"].state_dict())
+    compare(path, state["model"], stateful["model"].state_dict())
     # An average or a scaler begun only now has no state there.
     state = {"ema": state["model"], **state}
-    for name, part in parts.items():
+    for name, part in stateful.items():
         if name in state:
             part.load_state_dict(state[name])
     return state["step"]
@@ -151,7 +151,7 @@ class SettingsRecord:
         without = {
             one.name
             for one in fields(config)
-            if not one.metadata.get("affects_steps", True)
+            if not facts_of(type(config), one.name).get("affects_steps", True)
         }
         if config.lr_scheduler == "constant":
             without.add("max_steps")
@@ -186,7 +186,7 @@ def find_start(run) -> int:
         for left in folder.glob(".*.tmp") if run.main else ():
             left.unlink()  # by a run that was killed while it wrote
         path = find_checkpoint(run.config)
-        first = load_checkpoint(path, run.parts) if path else 0
+        first = load_checkpoint(path, run.stateful) if path else 0
         run.log.cut(first)
         if run.main:
             set_aside(folder, first)

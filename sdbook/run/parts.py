@@ -8,7 +8,8 @@ import torch
 
 from ..clip import CLIPTextModel, Tokenizer
 from ..files import read_json
-from ..pipeline import check_tokenizer, find_model, find_tokenizer, load_scheduler
+from ..formats import find_model, find_tokenizer
+from ..pipeline import check_tokenizer, load_scheduler
 from ..schedulers import DDIMScheduler
 from ..unet import UNet, UNetConfig
 from ..vae import AutoencoderKL
@@ -55,9 +56,9 @@ class TrainingConfig(RunConfig):
             held-out pictures.
     """
 
-    output_dir: str = setting("runs/unet", affects_steps=False)
-    max_steps: int = setting(10_000, at_least=1)
-    checkpoint_every: int = setting(1000, at_least=1, affects_steps=False)
+    output_dir: str = "runs/unet"
+    max_steps: int = 10_000
+    checkpoint_every: int = 1000
 
     pretrained: str | None = None
     vae_weights_path: str | None = None

@@ -152,11 +152,14 @@ class Run:
 
         self.meter = Meter()
         self.log = Log(Path(config.output_dir) / "log.jsonl", self.main)
-        self.parts = {"model": module, "optimiser": optimiser, "meter": self.meter}
-        self.parts |= {"ema": self.averaged} if self.ema else {}
-        self.parts |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
-        facts = {"processes": self.world, "pictures": size}
-        self.parts |= {"settings": SettingsRecord(config, **facts)} if self.main else {}
+        self.stateful = {"model": module, "optimiser": optimiser, "meter": self.meter}
+        if self.ema:
+            self.stateful["ema"] = self.averaged
+        if accelerator.scaler:
+            self.stateful["scaler"] = accelerator.scaler
+        if self.main:
+            record = SettingsRecord(config, processes=self.world, pictures=size)
+            self.stateful["settings"] = record
         self.first = find_start(self)
         open_tracker(self)
 
@@ -168,7 +171,7 @@ class Run:
         """Write a checkpoint of what is so after `step` steps."""
         if self.main:
             folder = Path(self.config.output_dir) / "checkpoints"
-            save_checkpoint(folder, step, self.parts, self.config.keep_checkpoints)
+            save_checkpoint(folder, step, self.stateful, self.config.keep_checkpoints)
 
     def finish(self) -> nn.Module:
         """Undo what training put around the module; the (averaged) weights."""
@@ -261,8 +264,8 @@ def optimise(
     with StopNote() as note:
         batches = iter(step_loader(run, dataset, collate))
         for step in progress(run):
-            parts = islice(batches, config.gradient_accumulation_steps)
-            take_step(run, step, loss_of, parts)
+            ours = islice(batches, config.gradient_accumulation_steps)
+            take_step(run, step, loss_of, ours)
             report(run, step + 1, validate, sample)
             stop = note.is_written(run.accelerator)
             if stop or is_due(step + 1, config.checkpoint_every, run.config):

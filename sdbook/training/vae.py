@@ -113,11 +113,11 @@ class VAETrainingConfig(RunConfig):
         kl_weight: of the divergence from the standard normal, per pixel number.
     """
 
-    output_dir: str = setting("runs/vae", affects_steps=False)
-    batch_size: int = setting(32, at_least=1)
-    max_steps: int = setting(1000, at_least=1)
-    learning_rate: float = setting(1e-3, more_than=0)
-    weight_decay: float = setting(0.0, at_least=0)
+    output_dir: str = "runs/vae"
+    batch_size: int = 32
+    max_steps: int = 1000
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
     block_out_channels: tuple[int, ...] = (32, 64, 64)
     layers_per_block: int = setting(1, at_least=1)
     norm_num_groups: int = setting(8, at_least=1)
