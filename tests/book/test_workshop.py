@@ -53,6 +53,8 @@ FLOORS = {
     "run.processes": 4.2,
     "run.logs": 4.2,
     "run.memory": 4.2,
+    "run.reports": 4.1,
+    "run.networks": 4.1,
     "run.progress": 4.1,
     "run.tables": 4.1,
     "run.settings": 4.1,
