@@ -367,7 +367,9 @@ class Cut:
         square = ImageOps.fit(
             picture, (self.size, self.size), Image.Resampling.LANCZOS, 0, (along, along)
         )
-        return to_pixels(np.asarray(ImageOps.mirror(square) if mirrored else square))
+        square = ImageOps.mirror(square) if mirrored else square
+        return to_pixels(np.asarray(square))
+
     def key(self, content: str, name: str, look: int) -> str:
         """The key of a look at a picture, of which `content` is the short name."""
         return short_name(content, self.size, *self.place(name, look))

@@ -449,9 +449,8 @@ class Scenes(CaptionedDataset):
     `split` is "train", "validation" (the same world, other pictures) or "held_out"
     (each shows something that the other two never do). Items are
     `(pixels, caption)`: float32 (3, size, size) from -1 to 1, and a sentence.
-    `length` says where an epoch ends; `scene(i)` knows no end. `kinds` are the kinds
-    of prompt to show (not of held-out scenes), each as often as in `KINDS`, or twice
-    as often when it is named twice.
+    `length` says where an epoch ends; `scene(i)` knows no end. The `kinds` of prompt
+    (not in "held_out") come as often as `KINDS` says, or twice as often if named twice.
     """
 
     def __init__(
@@ -516,9 +515,8 @@ class Scenes(CaptionedDataset):
 class CrowdedScenes(Scenes):
     """Pictures crowded with up to eight things anywhere, for training a VAE.
 
-    A VAE reads no captions, and most of a scene is background: a crowd shows it more
-    things a picture. Items are as of `Scenes`, with an empty caption; pairs that are
-    held out stay held out.
+    A VAE reads no captions, and most of a scene is background. Items are as of
+    `Scenes`, with an empty caption; pairs that are held out stay held out.
     """
 
     def __init__(self, size: int = 64, seed: int = 0, length: int = 20_000):
