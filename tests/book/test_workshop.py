@@ -57,6 +57,7 @@ FLOORS = {
     "run.networks": 4.1,
     "run.progress": 4.1,
     "run.tables": 4.1,
+    "run.twins": 4.1,
     "run.settings": 4.1,
     "__init__": 4.1,  # hands on StableDiffusion
     "pipeline": 4,
