@@ -1,7 +1,8 @@
 """Stable Diffusion from Scratch in PyTorch: the package that the book's chapters build.
 
-The modules are generated from `chapters/`; only this file and `__main__.py` are
-written by hand. Nothing heavy is imported here.
+What the book teaches is generated from `chapters/`. What no chapter teaches is written
+by hand: `run/`, the command line (`__main__.py`), `notebook.py`, and the files that
+hand on names, as this one does. Nothing heavy is imported here.
 """
 
 __version__ = "0.1.0"

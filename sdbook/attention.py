@@ -11,8 +11,6 @@ from torch.nn import functional as F
 __all__ = [
     "attention",
     "fused_attention",
-    "KeysValues",
-    "repeat_like",
     "Attention",
     "GEGLU",
     "FeedForward",
@@ -54,32 +52,12 @@ def fused_attention(
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
-KeysValues = tuple[Tensor, Tensor]  # each (b, heads, m, d)
-
-
-def repeat_like(x: Float[Tensor, "b *shape"], y: Tensor) -> Float[Tensor, "c *shape"]:
-    """x over and over, until it has as many items as y."""
-    if len(x) == len(y):
-        return x
-    return x.repeat(len(y) // len(x), *[1] * (x.ndim - 1))
-
-
-def _check_heads(channels: int, num_heads: int) -> None:
-    if channels % num_heads:
-        raise ValueError(
-            f"{channels} channels do not split into {num_heads} heads; "
-            "choose a number of heads that divides the channels"
-        )
-
-
 class Attention(nn.Module):
     """Multi-head attention from tokens to a context, or to themselves.
 
     x (b, n, query_dim) and context (b, m, context_dim) give (b, n, query_dim).
-    In place of a context it takes what it has `read` before. There may be several
-    contexts to each x: those of picture k are k, k + b, k + 2b, …, and so are the
-    results. Without `context_dim` it is self-attention. Raises ValueError when the
-    heads do not divide `query_dim`. From Vaswani et al. (2017), section 3.2.2.
+    Without `context_dim` it is self-attention. Raises ValueError when the heads do
+    not divide `query_dim`. From Vaswani et al. (2017), section 3.2.2.
     """
 
     def __init__(
@@ -90,7 +68,11 @@ class Attention(nn.Module):
         qkv_bias: bool = False,
     ):
         super().__init__()
-        _check_heads(query_dim, num_heads)
+        if query_dim % num_heads:
+            raise ValueError(
+                f"{query_dim} channels do not split into {num_heads} heads; "
+                "choose a number of heads that divides the channels"
+            )
         context_dim = context_dim or query_dim
         self.num_heads = num_heads
         self.to_q = nn.Linear(query_dim, query_dim, bias=qkv_bias)
@@ -101,20 +83,15 @@ class Attention(nn.Module):
     def split(self, x: Float[Tensor, "b n dim"]) -> Float[Tensor, "b heads n d"]:
         return rearrange(x, "b n (heads d) -> b heads n d", heads=self.num_heads)
 
-    def read(self, context: Float[Tensor, "b m context_dim"]) -> KeysValues:
-        """The context's keys and values: all that attention needs of it."""
-        return self.split(self.to_k(context)), self.split(self.to_v(context))
-
     def forward(
         self,
         x: Float[Tensor, "b n dim"],
-        context: Float[Tensor, "texts m context_dim"] | KeysValues | None = None,
+        context: Float[Tensor, "b m context_dim"] | None = None,
         mask: Bool[Tensor, "*masked n m"] | None = None,
-    ) -> Float[Tensor, "texts n dim"]:
+    ) -> Float[Tensor, "b n dim"]:
         context = x if context is None else context
-        key, value = context if isinstance(context, tuple) else self.read(context)
-        query = repeat_like(self.split(self.to_q(x)), key)
-        out = fused_attention(query, key, value, mask)
+        query, key, value = self.to_q(x), self.to_k(context), self.to_v(context)
+        out = fused_attention(*map(self.split, (query, key, value)), mask)
         return self.to_out(rearrange(out, "b heads n d -> b n (heads d)"))
 
 
@@ -153,9 +130,7 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward, each added to its input.
 
-    x (b, n, dim) and context (b, m, context_dim) give (b, n, dim). A context may
-    be a dict with what each block has read already, and there may be several to
-    each x (see `Attention`).
+    x (b, n, dim) and context (b, m, context_dim) give (b, n, dim).
     """
 
     def __init__(self, dim: int, num_heads: int, context_dim: int = 768):
@@ -170,12 +145,10 @@ class TransformerBlock(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n dim"],
-        context: Float[Tensor, "texts m context_dim"] | dict,
-    ) -> Float[Tensor, "texts n dim"]:
-        text = context[self] if isinstance(context, dict) else context
+        context: Float[Tensor, "b m context_dim"],
+    ) -> Float[Tensor, "b n dim"]:
         x = x + self.attn1(self.norm1(x))
-        heard = self.attn2(self.norm2(x), text)
-        x = repeat_like(x, heard) + heard
+        x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
 
@@ -205,11 +178,11 @@ class SpatialTransformer(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b c h w"],
-        context: Float[Tensor, "texts m context_dim"] | dict,
-    ) -> Float[Tensor, "texts c h w"]:
+        context: Float[Tensor, "b m context_dim"],
+    ) -> Float[Tensor, "b c h w"]:
         height, width = x.shape[-2:]
         tokens = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
         out = rearrange(tokens, "b (h w) c -> b c h w", h=height, w=width)
-        return repeat_like(x, out) + self.proj_out(out)
+        return x + self.proj_out(out)

@@ -26,7 +26,6 @@ from .training import (
     RunConfig,
     as_it_is,
     caption_ids,
-    captions_of,
     check_fits,
     check_side,
     count_steps,
@@ -573,10 +572,10 @@ class PriorLoss:
     def __init__(self, loss, weight: int | float):
         self.loss, self.weight = loss, weight
 
-    def __call__(self, unet, batch, generator, *share):
+    def __call__(self, unet, batch, generator, *rows):
         new, prior = batch
-        loss, numbers = self.loss(unet, new, generator, *share)
-        kept, _ = self.loss(unet, prior, generator, *share)
+        loss, numbers = self.loss(unet, new, generator, *rows)
+        kept, _ = self.loss(unet, prior, generator, *rows)
         return loss + self.weight * kept, numbers | {"new": loss, "prior": kept}
 
 
@@ -774,7 +773,7 @@ def train_word(config: WordTrainingConfig) -> StableDiffusion | None:
     """
     dataset, pipe = open_dataset(config), open_model(config)
     number = add_word(pipe, config.word, config.like)
-    ids = caption_ids(pipe.tokenizer, captions_of(dataset))
+    ids = caption_ids(pipe.tokenizer, dataset.captions())
     without = int((ids != number).all(1).sum())
     if without:
         raise ValueError(
@@ -791,10 +790,10 @@ def train_word(config: WordTrainingConfig) -> StableDiffusion | None:
     loss = loss_for(config, pipe, pipe.encode_prompt([""])[0].float())
     words = NewWords(pipe.text_encoder, [number])
 
-    def loss_of(words, batch, generator, *share):
+    def loss_of(words, batch, generator, *rows):
         moments, ids = batch
         states = words(ids.to(generator.device))
-        return loss(pipe.unet, (moments, states), generator, *share)
+        return loss(pipe.unet, (moments, states), generator, *rows)
 
     data = LatentsWithIds(encoded, pipe.tokenizer)
     trained = optimise(config, words, data, loss_of, collate=as_it_is)

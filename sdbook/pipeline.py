@@ -4,7 +4,6 @@ Generated from chapters/09_sampling.ipynb; do not edit.
 """
 
 import importlib.resources
-import inspect
 import math
 import os
 import random
@@ -40,106 +39,43 @@ from .schedulers import (
     noise_like,
     scheduler_class,
 )
-from .unet import Text, UNet
+from .unet import UNet
 from .vae import AutoencoderKL
 from .weights import family, refuse_options
 
 __all__ = [
-    "model_folders",
-    "shipped_models",
-    "PARTS",
-    "find_model",
     "guide",
+    "StableDiffusion",
+    "require",
+    "check_parts",
+    "check_tokenizer",
     "OUTPUT_TYPES",
+    "check_output_type",
     "to_pictures",
     "Pictures",
-    "check_tokenizer",
-    "check_parts",
-    "Components",
-    "load_scheduler",
-    "write_index",
-    "check_index",
-    "SavedPipeline",
-    "CLIP",
-    "find_tokenizer",
-    "check_checkpoint",
-    "open_checkpoint",
-    "StoredPipeline",
-    "GuidedPrediction",
-    "SamplingSteps",
-    "check_choice",
+    "SourceImage",
     "prepare_prompts",
-    "check_latents",
     "prepare_seeds",
     "prepare_guidance",
-    "prepare_strength",
     "prepare_eta",
-    "SizedPipeline",
+    "prepare_strength",
+    "prepare_size",
+    "check_latents",
     "picture_size",
-    "one_each",
+    "prepare_pictures",
     "as_pixels",
-    "GivenPictures",
-    "Original",
-    "FromPictures",
-    "Callback",
-    "Denoising",
-    "Drawing",
-    "StableDiffusion",
+    "PARTS",
+    "write_index",
+    "check_index",
+    "model_folders",
+    "shipped_models",
+    "find_model",
+    "CLIP_TOKENIZER",
+    "find_tokenizer",
+    "check_checkpoint",
+    "SD15_SCHEDULE",
+    "load_scheduler",
 ]
-
-
-def model_folders() -> list[Path]:
-    """Where shipped models may lie: $SDBOOK_MODELS, the package, the book's data/."""
-    package = Path(str(importlib.resources.files("sdbook")))
-    folders = [package / "models", package.parent / "data" / "models"]
-    if os.environ.get("SDBOOK_MODELS"):
-        folders.insert(0, Path(os.environ["SDBOOK_MODELS"]))
-    return folders
-
-
-def shipped_models() -> dict[str, Path]:
-    """The models that need no download, by name."""
-    found = {}
-    for folder in model_folders():
-        for index in sorted(folder.glob("*/model_index.json")):
-            found.setdefault(index.parent.name, index.parent)
-    return found
-
-
-PARTS = {
-    "vae": ("diffusers", "AutoencoderKL"),
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "tokenizer": ("transformers", "CLIPTokenizer"),
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "scheduler": ("diffusers", None),
-}
-
-
-def find_model(
-    name: str | os.PathLike, revision: str | None = None, variant: str | None = None
-) -> Path:
-    """Where a model is: a folder, a file, a shipped model's name, a Hugging Face id.
-
-    Raises FileNotFoundError, saying what there is, when it is none of them.
-    """
-    shipped, path = shipped_models(), Path(name)
-    known = f"shipped with the book: {', '.join(shipped) or 'none found'}"
-    if (path / "model_index.json").is_file() or path.is_file():
-        return path
-    if str(name) in shipped:
-        return shipped[str(name)]
-    if path.is_dir():
-        found = ", ".join(sorted(p.name for p in path.iterdir())[:12]) or "nothing"
-        raise FileNotFoundError(
-            f"{path} has no model_index.json (it has: {found}); give the folder that "
-            f"save_pretrained wrote, or a name ({known})"
-        )
-    if not is_hub_id(name):
-        raise FileNotFoundError(
-            f"there is no model {str(name)!r}; give a folder, an id like "
-            f"owner/model, or a name ({known})"
-        )
-    return download(str(name), tuple(PARTS), revision, variant)
 
 
 def guide(
@@ -152,67 +88,16 @@ def guide(
     return uncond + scale * (cond - uncond)
 
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+class StableDiffusion:
+    """Text to picture with latent diffusion (Rombach et al., 2022).
 
-
-def to_pictures(pixels: Float[Tensor, "b c h w"], output_type: str):
-    """Pixels in [-1, 1] as PIL images, NumPy (b,h,w,c) or a tensor, both in [0, 1]."""
-    pixels = (pixels.float() / 2 + 0.5).clamp(0, 1)
-    if output_type == "pt":
-        return pixels
-    array = pixels.permute(0, 2, 3, 1).cpu().numpy()
-    if output_type == "np":
-        return array
-    return [Image.fromarray(one) for one in (array * 255).round().astype(np.uint8)]
-
-
-@dataclass
-class Pictures:
-    """What a call returns: the pictures, and for each the seed that made it."""
-
-    images: list[Image.Image] | np.ndarray | Tensor
-    seeds: list[int]
-
-
-def check_tokenizer(tokenizer: Tokenizer, config: CLIPTextConfig) -> None:
-    """Raise ValueError for a tokenizer with more tokens or places than the model."""
-    places = config.max_position_embeddings
-    if len(tokenizer) > config.vocab_size or tokenizer.max_length > places:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens and rows of "
-            f"{tokenizer.max_length}, but the text encoder knows {config.vocab_size} "
-            f"tokens and {places} places; use the tokenizer it was trained with"
-        )
-
-
-def check_parts(
-    vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: Tokenizer, unet: UNet
-) -> None:
-    """Raise ValueError for parts that were not trained together."""
-    for name, wanted, other, given in (
-        ("in_channels", unet.config.in_channels,
-         "the VAE's latent_channels", vae.config.latent_channels),
-        ("cross_attention_dim", unet.config.cross_attention_dim,
-         "the text encoder's hidden_size", text_encoder.config.hidden_size),
-    ):
-        if wanted != given:
-            raise ValueError(
-                f"the UNet's {name} is {wanted} but {other} is {given}; "
-                "these parts were not trained together"
-            )
-    check_tokenizer(tokenizer, text_encoder.config)
-
-
-class Components:
-    """The parts of a pipeline, and where they are."""
+    Its parts are attributes: `vae`, `text_encoder`, `tokenizer`, `unet`, `scheduler`.
+    Raises ValueError for parts that were not trained together.
+    """
 
     def __init__(
-        self,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: Tokenizer,
-        unet: UNet,
-        scheduler: Scheduler,
+        self, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: Tokenizer,
+        unet: UNet, scheduler: Scheduler,
     ):
         check_parts(vae, text_encoder, tokenizer, unet)
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
@@ -243,19 +128,501 @@ class Components:
             model.to(device=device, dtype=dtype)
         return self
 
+    @torch.no_grad()
+    def encode_prompt(self, prompts: list[str]) -> Float[Tensor, "b n d"]:
+        """Texts to the sequence of embeddings that the UNet attends to."""
+        return self.text_encoder(self.tokenizer(prompts).to(self.device))
 
-def load_scheduler(folder: Path) -> Scheduler:
-    """The scheduler of a model folder; DDIM, with a warning, for one we lack."""
-    try:
-        return Scheduler.from_pretrained(folder)
-    except ValueError:
-        name = read_json(folder / "scheduler_config.json").get("_class_name")
+    @torch.no_grad()
+    def predict(
+        self,
+        latents: Float[Tensor, "b c h w"],
+        t: int | float,
+        context: Float[Tensor, "b n d"],
+        uncond: Float[Tensor, "b n d"] | None = None,
+        guidance_scale: int | float = 1.0,
+    ) -> Float[Tensor, "b c h w"]:
+        """The UNet's answer at timestep t, guided away from `uncond` if given."""
+        x = self.scheduler.scale_model_input(latents, t).to(self.dtype)
+        if uncond is None:
+            return self.unet(x, t, context).to(latents.dtype)
+        both = self.unet(torch.cat([x, x]), t, torch.cat([uncond, context]))
+        return guide(*both.to(latents.dtype).chunk(2), guidance_scale)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        x: Float[Tensor, "b c h w"],
+        context: Float[Tensor, "b n d"],
+        uncond: Float[Tensor, "b n d"] | None = None,
+        guidance_scale: int | float = 1.0,
+        source: "SourceImage | None" = None,
+        callback: Callable[[int, int | float, Tensor], None] | None = None,
+        progress: bool = True,
+        **options,
+    ) -> Float[Tensor, "b c h w"]:
+        """From noise to latents, over all of the scheduler's timesteps.
+
+        `options` are the scheduler's for a step: `generator`, and DDIM's `eta`.
+        """
+        timesteps = self.scheduler.timesteps.tolist()
+        for i, t in enumerate(tqdm(timesteps, disable=not progress)):
+            output = self.predict(x, t, context, uncond, guidance_scale)
+            x = self.scheduler.step(output, t, x, **options)
+            if source is not None:
+                x = source.put_back(x, self.scheduler, *timesteps[i + 1 : i + 2])
+            if callback is not None:
+                callback(i, t, x)
+        return x
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "b c h w"], output_type: str = "pil"):
+        """Latents, as the UNet sees them, to pictures of one of OUTPUT_TYPES."""
+        check_output_type(output_type)
+        if output_type == "latent":
+            return latents
+        require(latents.isfinite().all(), "the latents are not finite: the UNet "
+                f"overflowed in {self.dtype}; use float32 or bfloat16")
+        z = latents.to(self.device) / self.vae.config.scaling_factor
+        return to_pictures(self.without_overflow(self.vae.decode, z), output_type)
+
+    def without_overflow(
+        self, function: Callable[[Tensor], Tensor], x: Tensor
+    ) -> Tensor:
+        """`function` of the VAE in its own dtype, or in float32 if that overflows."""
+        dtype = next(self.vae.parameters()).dtype
+        result = function(x.to(dtype))
+        if result.isfinite().all() or dtype.itemsize >= 4:
+            return result
+        message = f"the VAE overflowed in {dtype}; doing it in float32 instead"
+        warnings.warn(message, stacklevel=3)
         try:
-            scheduler_class(str(name))
-        except ValueError as missing:
-            warnings.warn(f"{folder}: {missing}; using ddim", stacklevel=3)
-            return DDIMScheduler.from_pretrained(folder)
-        raise
+            self.vae.float()
+            return function(x.float())
+        finally:
+            self.vae.to(dtype)
+
+    @torch.no_grad()
+    def encode(
+        self, pixels: Float[Tensor, "b c h w"], generators=None
+    ) -> Float[Tensor, "b c2 h2 w2"]:
+        """Pixels in [0, 1] to latents as the UNet sees them, drawn by the VAE."""
+
+        def parameters(x):
+            posterior = self.vae.encode(x)
+            return torch.cat([posterior.mean, posterior.std], dim=1)
+
+        x = (2 * pixels - 1).to(self.device)
+        mean, std = self.without_overflow(parameters, x).float().chunk(2, dim=1)
+        drawn = mean + std * noise_like(mean, generators)
+        return drawn * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def start(
+        self, shape: tuple[int, ...], generators: list[torch.Generator],
+        latents: Tensor | None = None, pixels: Tensor | None = None,
+        mask: Tensor | None = None, strength: int | float = 1.0,
+    ) -> "tuple[Tensor, SourceImage | None]":
+        """What the first step begins with, and the picture it was made of, if any."""
+        scheduler = self.scheduler
+        x0 = None if pixels is None else self.encode(pixels, generators)
+        if latents is None:
+            latents = noise_like(torch.empty(shape), generators)
+        if mask is not None:
+            noise_like(torch.empty(shape), generators)  # the third draw
+            mask = mask.to(self.device)
+        noise = latents.to(self.device, torch.promote_types(self.dtype, torch.float32))
+        source = None if x0 is None else SourceImage(x0, noise, mask)
+        if source is None or (mask is not None and strength == 1):
+            return noise * scheduler.init_noise_sigma, source
+        steps = scheduler.num_inference_steps
+        scheduler.skip(steps - int(steps * strength))
+        return scheduler.add_noise(x0, noise, scheduler.timesteps[:1]), source
+
+    @torch.no_grad()
+    def __call__(
+        self, prompt: str | list[str], negative_prompt: str | list[str] | None = "",
+        height: int | None = None, width: int | None = None,
+        num_inference_steps: int = 25, guidance_scale: int | float = 3.0,
+        num_images_per_prompt: int = 1, seed: int | list[int] | None = 0,
+        latents: Float[Tensor, "b c h w"] | None = None, output_type: str = "pil",
+        *, image=None, strength: int | float | None = None, mask=None,
+        eta: int | float = 0.0, callback: Callable | None = None, progress: bool = True,
+    ) -> "Pictures":
+        """Draw pictures of a prompt, or of a list of prompts.
+
+        Sizes are in pixels and default to what the model was trained on. Picture k
+        draws its noise from `seed + k` alone, on the CPU: it is the same in any batch
+        and on every device. A list sets the seeds one by one; None picks one.
+        `latents` (b,c,h,w) replaces the start noise; `output_type="latent"` returns
+        the final ones. `guidance_scale` 1 or less turns guidance off, as in diffusers.
+        With `image`, one for all or one for each prompt, that picture is redrawn, by
+        `strength` of the steps (0.8); with a `mask` only where it is white, and by all
+        of them. `eta` is DDIM's. `callback(step, t, latents)` is called after each
+        step. Raises ValueError for what cannot be drawn, before drawing starts.
+        """
+        check_output_type(output_type)
+        each = num_images_per_prompt
+        prompts, negatives = prepare_prompts(prompt, negative_prompt, each)
+        seeds = prepare_seeds(seed, len(prompts))
+        guided = prepare_guidance(guidance_scale, negatives)
+        options = prepare_eta(eta, self.scheduler)
+        strength = prepare_strength(strength, image, mask, num_inference_steps)
+        size = prepare_size(height, width, image, latents, self.vae.config.downscale)
+        shape = self.latent_shape(len(prompts), *size)
+        check_latents(latents, shape)
+        pixels, mask = prepare_pictures(image, mask, size, shape, each)
+        self.scheduler.set_timesteps(num_inference_steps)
+
+        texts = self.encode_prompt(negatives + prompts if guided else prompts)
+        uncond, context = texts.chunk(2) if guided else (None, texts)
+        options["generator"] = [torch.Generator().manual_seed(one) for one in seeds]
+        start = latents, pixels, mask, strength
+        x, source = self.start(shape, options["generator"], *start)
+        look = source, callback, progress
+        x = self.denoise(x, context, uncond, guidance_scale, *look, **options)
+        return Pictures(self.decode(x, output_type), seeds)
+
+    def latent_shape(
+        self, count: int = 1, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int, int]:
+        """(b, c, h, w) of the latents of pictures; ValueError for impossible sizes."""
+        cell, sides = self.vae.config.downscale, self.unet.config.sample_size
+        sides = list(sides) if isinstance(sides, tuple) else [sides, sides]
+        for axis, (name, side) in enumerate((("height", height), ("width", width))):
+            if side is not None:
+                lower = max(side // cell, 1) * cell
+                require(side >= cell and side % cell == 0,
+                        f"{name}={side}: this model draws multiples of {cell} pixels; "
+                        f"try {lower} or {lower + cell}")
+                sides[axis] = side // cell
+        return count, self.unet.config.in_channels, *sides
+
+    def save_pretrained(
+        self, folder: str | os.PathLike, dtype: torch.dtype | None = None
+    ) -> None:
+        """Write all parts; diffusers.StableDiffusionPipeline opens the folder."""
+        folder = Path(folder)
+        for part in ("vae", "text_encoder", "unet"):
+            getattr(self, part).save_pretrained(folder / part, dtype)
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        self.scheduler.save_pretrained(folder / "scheduler")
+        write_index(folder, self.scheduler)
+
+    def save_original(
+        self, path: str | os.PathLike, dtype: torch.dtype | None = None
+    ) -> None:
+        """Write one safetensors file with the names of the original Stable Diffusion.
+
+        Every weight is in it, bit for bit (or as `dtype`); the sizes, the tokenizer and
+        the scheduler are not. `from_pretrained(path)` reads it, and so do others.
+        """
+        tensors = {}
+        for part in (self.unet, self.vae, self.text_encoder):
+            tensors |= to_original(part)
+        save_weights({k: t.to(dtype or t.dtype) for k, t in tensors.items()}, path)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike, dtype: torch.dtype | None = None,
+        variant: str | None = None, revision: str | None = None, ema: bool = True,
+        config: str | os.PathLike | None = None,
+        tokenizer: str | os.PathLike | None = None,
+    ):
+        """Open a model: a shipped one by name, a folder, a Hugging Face id, a file.
+
+        `dtype` defaults to float32; `variant` ("fp16") names another copy of the
+        weights, `revision` a version on the hub. Of one original file it takes the
+        averaged (EMA) UNet if there are two, the other with `ema=False`; `config` is
+        then a folder with the sizes, if they are not SD 1.5's. `tokenizer` is a folder
+        or id, by default the model's own; for a file, `config`'s or CLIP's. Raises
+        FileNotFoundError or ValueError, naming the file and the way out, also for what
+        would mean nothing: `ema=False` or `config` of a folder, `variant` or
+        `revision` of a file.
+        """
+        path, one_file = Path(name), Path(name).is_file()
+        if one_file:
+            unused = dict(variant=variant, revision=revision)
+            refuse_options(name, "a folder or a hub id", **unused)
+            check_checkpoint(path)
+            folder = find_model(config, weights=False) if config else None
+            require(not folder or folder.is_dir(), f"config={str(config)!r} is a file, "
+                    "but must be a folder with the sizes, in diffusers' layout")
+        else:
+            unused = dict(ema=None if ema else False, config=config)
+            refuse_options(name, "a single file", **unused)
+            folder = path = find_model(name, revision, variant)
+            check_index(folder)
+        words = find_tokenizer(tokenizer or folder)  # before the slow part
+        kinds = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "unet": UNet}
+        networks = {}
+        for part, kind in kinds.items():
+            sizes = kind.find_config(folder / part) if folder else kind.config_class()
+            source = path if one_file else path / part
+            networks[part] = kind.from_pretrained(
+                source, dtype, variant, ema=ema, config=sizes
+            )
+        if folder:
+            scheduler = load_scheduler(folder / "scheduler")
+        else:
+            scheduler = make_scheduler("pndm", **SD15_SCHEDULE)
+        words = Tokenizer.from_pretrained(words)
+        return cls(tokenizer=words, scheduler=scheduler, **networks)
+
+
+def require(holds, message: str) -> None:
+    """Raise ValueError with this message unless something holds."""
+    if not holds:
+        raise ValueError(message)
+
+
+def check_parts(
+    vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: Tokenizer, unet: UNet
+) -> None:
+    """Raise ValueError for parts that were not trained together."""
+    takes, writes = unet.config, text_encoder.config
+    for name, wanted, other, given in (
+        ("in_channels", takes.in_channels,
+         "the VAE's latent_channels", vae.config.latent_channels),
+        ("cross_attention_dim", takes.cross_attention_dim,
+         "the text encoder's hidden_size", writes.hidden_size),
+    ):
+        require(wanted == given, f"the UNet's {name} is {wanted} but {other} is "
+                f"{given}; these parts were not trained together")
+    check_tokenizer(tokenizer, writes)
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: CLIPTextConfig) -> None:
+    """Raise ValueError for a tokenizer with more tokens or places than the model."""
+    tokens, places = config.vocab_size, config.max_position_embeddings
+    require(
+        len(tokenizer) <= tokens and tokenizer.max_length <= places,
+        f"the tokenizer has {len(tokenizer)} tokens and rows of "
+        f"{tokenizer.max_length}, but the text encoder knows {tokens} tokens and "
+        f"{places} places; use the tokenizer it was trained with",
+    )
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def check_output_type(output_type: str) -> None:
+    """Raise ValueError for what is not one of OUTPUT_TYPES."""
+    valid = ", ".join(OUTPUT_TYPES)
+    require(output_type in OUTPUT_TYPES,
+            f"output_type={output_type!r}: choose one of {valid}")
+
+
+def to_pictures(pixels: Float[Tensor, "b c h w"], output_type: str):
+    """Pixels in [-1, 1] as PIL images, NumPy (b,h,w,c) or a tensor, both in [0, 1]."""
+    pixels = (pixels.float() / 2 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return pixels
+    array = pixels.permute(0, 2, 3, 1).cpu().numpy()
+    if output_type == "np":
+        return array
+    return [Image.fromarray(one) for one in (array * 255).round().astype(np.uint8)]
+
+
+@dataclass
+class Pictures:
+    """What a call returns: the pictures, and for each the seed that made it."""
+
+    images: list[Image.Image] | np.ndarray | Tensor
+    seeds: list[int]
+
+
+@dataclass
+class SourceImage:
+    """The picture that a call starts from, as latents, and the noise on it.
+
+    `mask` (b, 1, h, w) is 1 where the picture may change; None: everywhere.
+    """
+
+    x0: Float[Tensor, "b c h w"]
+    noise: Float[Tensor, "b c h w"]
+    mask: Float[Tensor, "b 1 h w"] | None = None
+
+    def put_back(
+        self, x: Tensor, scheduler: Scheduler, t: int | float | None = None
+    ) -> Float[Tensor, "b c h w"]:
+        """x, with the rest of the picture as it is at timestep t (None: at the end)."""
+        if self.mask is None:
+            return x
+        known = self.x0
+        if t is not None:
+            known = scheduler.add_noise(self.x0, self.noise, t)
+        return self.mask * x + (1 - self.mask) * known
+
+
+def prepare_prompts(prompt, negative, num_images: int) -> tuple[list[str], list[str]]:
+    """One prompt and one negative prompt for each picture, in order."""
+    negative = "" if negative is None else negative
+    prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+    several = isinstance(negative, list | tuple)
+    negatives = list(negative) if several else [negative] * len(prompts)
+    require(prompts, "an empty list of prompts; pass a text or a list of texts")
+    for text in (*prompts, *negatives):
+        kind = type(text).__name__
+        require(isinstance(text, str),
+                f"a prompt of type {kind}; pass a text or a list of texts")
+    require(len(negatives) == len(prompts),
+            f"{len(prompts)} prompts but {len(negatives)} negative prompts; "
+            "pass one for all, or one for each")
+    require(num_images >= 1, f"num_images_per_prompt={num_images}: expected 1 or more")
+    return tuple([one for one in texts for _ in range(num_images)]
+                 for texts in (prompts, negatives))
+
+
+def prepare_seeds(seed: int | list[int] | None, count: int) -> list[int]:
+    """One seed for each picture: seed, seed + 1, … or the list that was given."""
+    if seed is None:
+        seed = random.SystemRandom().randrange(2**31)
+    several = isinstance(seed, list | tuple)
+    seeds = [int(one) for one in (seed if several else range(seed, seed + count))]
+    require(len(seeds) == count, f"{len(seeds)} seeds for {count} pictures; "
+            "pass one seed, or one for each")
+    require(all(-(2**63) <= one < 2**64 for one in seeds),
+            f"seed={seed}: expected a number of at most 64 bits")
+    return seeds
+
+
+def prepare_guidance(scale: int | float, negatives: list[str]) -> bool:
+    """Whether to guide at all; warns where an argument will have no effect."""
+    require(math.isfinite(scale), f"guidance_scale={scale}: expected a number, as 3")
+    if scale < 1:
+        warnings.warn(
+            f"guidance_scale={scale} is treated as 1 (no guidance), as in diffusers; "
+            "for the unconditional model pass an empty prompt", stacklevel=4,
+        )
+    if scale <= 1 and any(negatives):
+        warnings.warn(f"negative_prompt has no effect at guidance_scale={scale}; "
+                      "raise it above 1", stacklevel=4)
+    return scale > 1
+
+
+def prepare_eta(eta: int | float, scheduler: Scheduler) -> dict[str, int | float]:
+    """Options for the scheduler's steps; ValueError for eta where there is none."""
+    require(eta == 0 or isinstance(scheduler, DDIMScheduler),
+            f"{type(scheduler).__name__} has no eta; use scheduler ddim")
+    require(0 <= eta <= 1, f"eta={eta}: expected 0 (deterministic) to 1 (DDPM)")
+    return {"eta": eta} if eta else {}
+
+
+def prepare_strength(strength, image, mask, steps: int) -> int | float:
+    """The share of the steps to make: 0.8 by default, and 1 with a mask."""
+    for name, given in (("mask", mask), ("strength", strength)):
+        require(given is None or image is not None,
+                f"{name} without image; pass the picture to start from")
+    if strength is None:
+        strength = 1.0 if image is None or mask is not None else 0.8
+    require(0 < strength <= 1, f"strength={strength}: expected more than 0, up to 1")
+    require(int(steps * strength) >= 1 or steps < 1,  # set_timesteps refuses those
+            f"strength={strength} of {steps} steps is less than one step; "
+            "raise strength or num_inference_steps")
+    return strength
+
+
+def prepare_size(height, width, image, latents, cell: int) -> list[int | None]:
+    """Height and width as given, or the picture's, or the latents', or None."""
+    default = None, None
+    if image is not None:
+        default = picture_size(image)
+        if isinstance(image, Image.Image | list | tuple):  # arrays are not resized
+            default = [max(side // cell, 1) * cell for side in default]
+    elif latents is not None and latents.ndim == 4:
+        default = [side * cell for side in latents.shape[2:]]
+    given = zip((height, width), default)
+    return [other if side is None else side for side, other in given]
+
+
+def check_latents(latents: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise ValueError for latents of another shape than a call needs."""
+    if latents is not None:
+        found = tuple(latents.shape)
+        require(latents.ndim != 4 or found[0] == shape[0],
+                f"prompt batch of {shape[0]} but latents for {found[0]}; "
+                "pass one latent per prompt")
+        require(found == shape, f"latents of shape {found}, expected {shape}; "
+                "leave out height and width, or latents")
+
+
+def picture_size(image) -> tuple[int, int]:
+    """Height and width of the pictures of a call; ValueError for what is none."""
+    several = isinstance(image, list | tuple) and len(image) > 0
+    if all(isinstance(one, Image.Image) for one in (image if several else [image])):
+        first = image[0] if several else image
+        return first.height, first.width
+    if isinstance(image, np.ndarray) and image.ndim in (3, 4) and image.size:
+        return image.shape[-3:-1]
+    if isinstance(image, Tensor) and image.ndim in (3, 4) and image.numel():
+        return tuple(image.shape[-2:])
+    raise ValueError(
+        f"a picture of type {type(image).__name__}; pass a PIL image or a list of "
+        "them, an array (b, h, w, 3) or a tensor (b, 3, h, w), values from 0 to 1"
+    )
+
+
+def prepare_pictures(image, mask, size: list, shape: tuple, num_images: int):
+    """Pixels (b, 3, H, W) and the mask (b, 1, h, w) for a call, or None."""
+    count, prompts = shape[0], shape[0] // num_images
+
+    def one_each(pictures: Tensor) -> Tensor:
+        require(len(pictures) in (1, prompts, count),
+                f"{len(pictures)} pictures or masks for {prompts} prompts; "
+                "pass one for all, or one for each prompt")
+        return pictures.repeat_interleave(count // len(pictures), dim=0)
+
+    if image is None:
+        return None, None
+    pixels = one_each(as_pixels(image, *size))
+    if mask is not None:
+        mask = (as_pixels(mask, *size, mode="L") >= 0.5).float()
+        mask = one_each(F.interpolate(mask, size=shape[2:]))
+    return pixels, mask
+
+
+def as_pixels(
+    pictures, height: int, width: int, mode: str = "RGB"
+) -> Float[Tensor, "b c h w"]:
+    """Pictures as a tensor with values in [0, 1]; with mode "L", of one channel.
+
+    PIL images are resized. Raises ValueError for arrays of another size or range.
+    """
+    shape = len(mode), height, width
+    if getattr(pictures, "ndim", None) == 2:  # a mask without an axis of channels
+        is_array = isinstance(pictures, np.ndarray)
+        pictures = pictures[..., None] if is_array else pictures[None]
+    picture_size(pictures)  # refuses what is none
+    if isinstance(pictures, Image.Image):
+        pictures = [pictures]
+    if isinstance(pictures, list | tuple):
+        for one in pictures:
+            require(not one.mode.startswith("I"), f"a picture of mode {one.mode}, with "
+                    "16 bits or more; convert it to 8 bits, or pass an array with "
+                    "values from 0 to 1")
+        resized = [one.resize((width, height), Image.LANCZOS) for one in pictures]
+        arrays = [np.asarray(one.convert(mode), np.float32) / 255 for one in resized]
+        pictures = np.stack(arrays).reshape(-1, height, width, len(mode))
+    if isinstance(pictures, np.ndarray):
+        pictures = torch.from_numpy(pictures).movedim(-1, -3)
+    pixels = pictures.float().reshape(-1, *pictures.shape[-3:])
+    require(pixels.shape[1:] == shape, f"a picture or mask of shape "
+            f"{tuple(pixels.shape)}, expected (b, {', '.join(map(str, shape))}); "
+            "resize it, or pass PIL images")
+    require(pixels.min() >= 0 and pixels.max() <= 1,  # NaN is neither
+            f"a picture or mask with values from {pixels.min():g} to "
+            f"{pixels.max():g}; expected 0 to 1")
+    return pixels
+
+
+PARTS = {
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "scheduler": ("diffusers", None),
+}
 
 
 def write_index(folder: Path, scheduler: Scheduler) -> None:
@@ -287,40 +654,58 @@ def check_index(folder: Path) -> None:
             )
 
 
-class SavedPipeline(Components):
-    """A pipeline that writes itself down."""
-
-    def save_pretrained(
-        self, folder: str | os.PathLike, dtype: torch.dtype | None = None
-    ) -> None:
-        """Write all parts; diffusers.StableDiffusionPipeline opens the folder."""
-        folder = Path(folder)
-        for part in ("vae", "text_encoder", "unet"):
-            getattr(self, part).save_pretrained(folder / part, dtype)
-        self.tokenizer.save_pretrained(folder / "tokenizer")
-        self.scheduler.save_pretrained(folder / "scheduler")
-        write_index(folder, self.scheduler)
-
-    def save_original(
-        self, path: str | os.PathLike, dtype: torch.dtype | None = None
-    ) -> None:
-        """Write one safetensors file with the names of the original Stable Diffusion.
-
-        Every weight is in it, bit for bit (or as `dtype`); the sizes, the tokenizer and
-        the scheduler are not. `from_pretrained(path)` reads it, and so do others.
-        """
-        tensors = {}
-        for part in (self.unet, self.vae, self.text_encoder):
-            tensors |= to_original(part)
-        save_weights({k: t.to(dtype or t.dtype) for k, t in tensors.items()}, path)
+def model_folders() -> list[Path]:
+    """Where shipped models may lie: $SDBOOK_MODELS, the package, the book's data/."""
+    package = Path(str(importlib.resources.files("sdbook")))
+    folders = [package / "models", package.parent / "data" / "models"]
+    if os.environ.get("SDBOOK_MODELS"):
+        folders.insert(0, Path(os.environ["SDBOOK_MODELS"]))
+    return folders
 
 
-CLIP = "openai/clip-vit-large-patch14"  # whose tokenizer all SD 1.x models share
+def shipped_models() -> dict[str, Path]:
+    """The models that need no download, by name."""
+    found = {}
+    for folder in model_folders():
+        for index in sorted(folder.glob("*/model_index.json")):
+            found.setdefault(index.parent.name, index.parent)
+    return found
+
+
+def find_model(
+    name: str | os.PathLike, revision: str | None = None, variant: str | None = None,
+    weights: bool = True,
+) -> Path:
+    """Where a model is: a folder, a file, a shipped model's name, a Hugging Face id.
+
+    Raises FileNotFoundError, saying what there is, when it is none of them.
+    """
+    shipped, path = shipped_models(), Path(name)
+    known = f"shipped with the book: {', '.join(shipped) or 'none found'}"
+    if (path / "model_index.json").is_file() or path.is_file():
+        return path
+    if str(name) in shipped:
+        return shipped[str(name)]
+    if path.is_dir():
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:12]) or "nothing"
+        raise FileNotFoundError(
+            f"{path} has no model_index.json (it has: {found}); give the folder that "
+            f"save_pretrained wrote, or a name ({known})"
+        )
+    if not is_hub_id(name):
+        raise FileNotFoundError(
+            f"there is no model {str(name)!r}; give a folder, an id like "
+            f"owner/model, or a name ({known})"
+        )
+    return download(str(name), tuple(PARTS), revision, variant, weights)
+
+
+CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # which all SD 1.x models share
 
 
 def find_tokenizer(source: str | os.PathLike | None) -> Path:
     """The folder of a tokenizer: one itself, a model's, or a hub id (CLIP's)."""
-    path = Path(source or CLIP)
+    path = Path(source or CLIP_TOKENIZER)
     if is_hub_id(path):
         try:
             path = download(str(path), weights=False)
@@ -353,549 +738,21 @@ def check_checkpoint(path: Path) -> None:
         )
 
 
-def open_checkpoint(path: Path, dtype, ema: bool, config, tokenizer) -> tuple:
-    """The five parts of a pipeline from one original file, .safetensors or .ckpt."""
-    check_checkpoint(path)
-    if config is not None and is_hub_id(config):
-        config = download(str(config), tuple(PARTS), weights=False)
-    folder = None if config is None else find_model(config)
-    if folder and folder.is_file():
-        raise ValueError(
-            f"config={str(config)!r} is a file, but must be a folder: that of a model "
-            "with the sizes of this one, in diffusers' layout"
-        )
-    words = find_tokenizer(tokenizer or folder)  # before the slow part
-    networks = []
-    for name, kind in (
-        ("vae", AutoencoderKL), ("text_encoder", CLIPTextModel), ("unet", UNet),
-    ):
-        sizes = kind.find_config(folder / name) if folder else kind.config_class()
-        networks.append(kind.from_pretrained(path, dtype, ema=ema, config=sizes))
-    vae, text_encoder, unet = networks
-    if folder:
-        scheduler = load_scheduler(folder / "scheduler")
-    else:
-        scheduler = make_scheduler(
-            "pndm", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-            steps_offset=1, set_alpha_to_one=False, skip_prk_steps=True,
-        )
-    return vae, text_encoder, Tokenizer.from_pretrained(words), unet, scheduler
+SD15_SCHEDULE = dict(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+    steps_offset=1, set_alpha_to_one=False, skip_prk_steps=True,
+)
 
 
-class StoredPipeline(SavedPipeline):
-    """A pipeline that lives in a folder with diffusers' layout."""
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str | os.PathLike,
-        dtype: torch.dtype | None = None,
-        variant: str | None = None,
-        revision: str | None = None,
-        ema: bool = True,
-        config: str | os.PathLike | None = None,
-        tokenizer: str | os.PathLike | None = None,
-    ):
-        """Open a model: a shipped one by name, a folder, a Hugging Face id, a file.
-
-        `dtype` defaults to float32; `variant` ("fp16") names another copy of the
-        weights, `revision` a version on the hub. Of one original file it takes the
-        averaged (EMA) UNet if there are two, the other with `ema=False`; `config`
-        is then a folder with the sizes, if they are not SD 1.5's. `tokenizer` is a
-        folder or id, by default the model's own; for a file, `config`'s or CLIP's.
-        Raises FileNotFoundError or ValueError, naming the file and the way out, also
-        for what would mean nothing: `ema=False` or `config` of a folder, `variant`
-        or `revision` of a file.
-        """
-        if Path(name).is_file():
-            options = {"variant": variant, "revision": revision}
-            refuse_options(name, "a folder or a hub id", **options)
-            return cls(*open_checkpoint(Path(name), dtype, ema, config, tokenizer))
-        refuse_options(name, "a single file", ema=None if ema else ema, config=config)
-        folder = find_model(name, revision, variant)
-        check_index(folder)
-        words = find_tokenizer(tokenizer) if tokenizer else folder / "tokenizer"
-        return cls(
-            AutoencoderKL.from_pretrained(folder / "vae", dtype, variant),
-            CLIPTextModel.from_pretrained(folder / "text_encoder", dtype, variant),
-            Tokenizer.from_pretrained(words),
-            UNet.from_pretrained(folder / "unet", dtype, variant),
-            load_scheduler(folder / "scheduler"),
-        )
-
-
-class GuidedPrediction(StoredPipeline):
-    """From prompts to the noise that the UNet sees."""
-
-    @torch.no_grad()
-    def encode_prompt(self, prompts: list[str]) -> Float[Tensor, "b n d"]:
-        """Texts to the sequence of embeddings that the UNet attends to."""
-        return self.text_encoder(self.tokenizer(prompts).to(self.device))
-
-    def read_prompts(self, prompts: list[str], negatives: list[str] = ()) -> Text:
-        """What the UNet reads in prompts, and in those to walk away from."""
-        with torch.no_grad():
-            return self.unet.read(self.encode_prompt([*negatives, *prompts]))
-
-    @torch.no_grad()
-    def predict(
-        self,
-        latents: Float[Tensor, "b c h w"],
-        t: int | float,
-        context: Text,
-        uncond: Float[Tensor, "b n d"] | None = None,
-        guidance_scale: int | float = 1.0,
-        time: Float[Tensor, "1 time_dim"] | None = None,
-    ) -> Float[Tensor, "b c h w"]:
-        """The UNet's answer at timestep t, guided away from `uncond` if given.
-
-        In place of both texts, `context` may be what `read_prompts` gave, and `time`
-        the embedding of t.
-        """
-        x = self.scheduler.scale_model_input(latents, t).to(self.dtype)
-        texts = context if uncond is None else torch.cat([uncond, context])
-        answers = self.unet(x, t, texts, time).to(latents.dtype)
-        if len(answers) == len(latents):
-            return answers
-        return guide(*answers.chunk(2), guidance_scale)
-
-
-class SamplingSteps(GuidedPrediction):
-    """What happens between prompt and picture, one method for each step."""
-
-    @torch.no_grad()
-    def decode(self, latents: Float[Tensor, "b c h w"], output_type: str = "pil"):
-        """Latents, as the UNet sees them, to pictures ("pil", "np" or "pt")."""
-        check_choice("output_type", output_type, OUTPUT_TYPES)
-        if output_type == "latent":
-            return latents
-        if not latents.isfinite().all():
-            raise ValueError(
-                f"the latents are not finite: the UNet overflowed in {self.dtype}; "
-                "use float32 or bfloat16"
-            )
-        z = latents.to(self.device) / self.vae.config.scaling_factor
-        pixels = self.in_full_if_need_be(self.vae.decode, z)
-        return to_pictures(pixels, output_type)
-
-    def in_full_if_need_be(
-        self, function: Callable[[Tensor], Tensor], x: Tensor
-    ) -> Tensor:
-        """`function` of the VAE in its own dtype, or in float32 if that overflows."""
-        dtype = next(self.vae.parameters()).dtype
-        result = function(x.to(dtype))
-        if result.isfinite().all() or dtype.itemsize >= 4:
-            return result
-        warnings.warn(
-            f"the VAE overflowed in {dtype}; doing it in float32 instead", stacklevel=3
-        )
+def load_scheduler(folder: Path) -> Scheduler:
+    """The scheduler of a model folder; DDIM, with a warning, for one we lack."""
+    try:
+        return Scheduler.from_pretrained(folder)
+    except ValueError:
+        name = read_json(folder / "scheduler_config.json").get("_class_name")
         try:
-            self.vae.float()
-            return function(x.float())
-        finally:
-            self.vae.to(dtype)
-
-
-def check_choice(name: str, value, valid: tuple) -> None:
-    if value not in valid:
-        raise ValueError(f"{name}={value!r}: choose one of {', '.join(valid)}")
-
-
-def prepare_prompts(prompt, negative, num_images: int) -> tuple[list[str], list[str]]:
-    """One prompt and one negative prompt for each picture, in order."""
-    negative = "" if negative is None else negative
-    prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
-    one_each = isinstance(negative, list | tuple)
-    negatives = list(negative) if one_each else [negative] * len(prompts)
-    if not prompts:
-        raise ValueError("an empty list of prompts; pass a text or a list of texts")
-    for text in (*prompts, *negatives):
-        if not isinstance(text, str):
-            kind = type(text).__name__
-            raise ValueError(f"a prompt of type {kind}; pass a text or a list of texts")
-    if len(negatives) != len(prompts):
-        raise ValueError(
-            f"{len(prompts)} prompts but {len(negatives)} negative prompts; "
-            "pass one for all, or one for each"
-        )
-    if num_images < 1:
-        raise ValueError(f"num_images_per_prompt={num_images}: expected 1 or more")
-    repeat = [k for k in range(len(prompts)) for _ in range(num_images)]
-    return [prompts[k] for k in repeat], [negatives[k] for k in repeat]
-
-
-def check_latents(latents: Tensor, count: int) -> None:
-    if latents.ndim != 4:
-        raise ValueError(
-            f"latents of shape {tuple(latents.shape)}: expected four axes, "
-            "(pictures, channels, height, width)"
-        )
-    if len(latents) != count:
-        raise ValueError(
-            f"prompt batch of {count} but latents for {len(latents)}; "
-            "pass one latent per prompt"
-        )
-
-
-def prepare_seeds(seed: int | list[int] | None, count: int) -> list[int]:
-    """One seed for each picture: seed, seed + 1, … or the list that was given."""
-    if seed is None:
-        seed = random.SystemRandom().randrange(2**31)
-    one_each = isinstance(seed, list | tuple)
-    seeds = [int(one) for one in seed] if one_each else range(seed, seed + count)
-    if len(seeds) != count:
-        raise ValueError(
-            f"{len(seeds)} seeds for {count} pictures; pass one seed, or one for each"
-        )
-    if not all(-(2**63) <= one < 2**64 for one in seeds):
-        raise ValueError(f"seed={seed}: expected a number of at most 64 bits")
-    return list(seeds)
-
-
-def prepare_guidance(scale: int | float, negatives: list[str]) -> bool:
-    """Whether to guide at all; warns where an argument will have no effect."""
-    if not math.isfinite(scale):
-        raise ValueError(f"guidance_scale={scale}: expected a number such as 3")
-    if scale < 1:
-        warnings.warn(
-            f"guidance_scale={scale} is treated as 1 (no guidance), as in diffusers; "
-            "for the unconditional model pass an empty prompt",
-            stacklevel=4,
-        )
-    if scale <= 1 and any(negatives):
-        warnings.warn(
-            f"negative_prompt has no effect at guidance_scale={scale}; "
-            "raise it above 1",
-            stacklevel=4,
-        )
-    return scale > 1
-
-
-def prepare_strength(strength, image, mask, steps: int) -> int | float:
-    """The share of the steps to make: 0.8 by default, and 1 with a mask."""
-    if image is None and (mask is not None or strength is not None):
-        given = "mask" if mask is not None else "strength"
-        raise ValueError(f"{given} without image; pass the picture to start from")
-    if strength is None:
-        strength = 0.8 if image is not None and mask is None else 1.0
-    if image is None or steps < 1:
-        return strength  # set_timesteps refuses such steps
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength={strength}: expected more than 0, up to 1")
-    if int(steps * strength) < 1:
-        raise ValueError(
-            f"strength={strength} of {steps} steps is less than one step; "
-            "raise strength or num_inference_steps"
-        )
-    return strength
-
-
-def prepare_eta(scheduler: Scheduler, eta: int | float) -> dict[str, int | float]:
-    """The scheduler's options for eta; ValueError if it has none."""
-    if eta == 0:
-        return {}
-    if "eta" not in inspect.signature(scheduler.step).parameters:
-        raise ValueError(f"{type(scheduler).__name__} has no eta; use scheduler ddim")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta={eta}: expected 0 (deterministic) to 1 (DDPM)")
-    return {"eta": eta}
-
-
-class SizedPipeline(SamplingSteps):
-    """A pipeline that knows which sizes it can draw."""
-
-    def latent_shape(
-        self,
-        count: int = 1,
-        height: int | None = None,
-        width: int | None = None,
-        latents: Tensor | None = None,
-    ) -> tuple[int, int, int, int]:
-        """(b, c, h, w) of the latents for a call; ValueError if they cannot be."""
-        factor, unet = self.vae.config.downscale, self.unet.config
-        if latents is not None:
-            check_latents(latents, count)
-            default = latents.shape[2:]
-        else:
-            default = unet.sample_size
-            default = default if isinstance(default, tuple) else (default, default)
-        sides = [
-            cells * factor if given is None else given
-            for given, cells in zip((height, width), default)
-        ]
-        for name, side in zip(("height", "width"), sides):
-            if side < factor or side % factor:
-                lower = max(side // factor, 1) * factor
-                raise ValueError(
-                    f"{name}={side}: this model draws multiples of {factor} pixels; "
-                    f"try {lower} or {lower + factor}"
-                )
-        shape = count, unet.in_channels, *(side // factor for side in sides)
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(
-                f"latents of shape {tuple(latents.shape)}, expected {shape} for "
-                f"{sides[0]}×{sides[1]} pixels; "
-                "leave out height and width, or latents"
-            )
-        return shape
-
-
-def picture_size(image) -> tuple[int, int]:
-    """Height and width of the pictures of a call; ValueError for what is none."""
-    several = isinstance(image, list | tuple) and len(image) > 0
-    if all(isinstance(one, Image.Image) for one in (image if several else [image])):
-        first = image[0] if several else image
-        return first.height, first.width
-    if isinstance(image, np.ndarray) and image.ndim in (3, 4) and image.size:
-        return image.shape[-3:-1]
-    if isinstance(image, Tensor) and image.ndim in (3, 4) and image.numel():
-        return tuple(image.shape[-2:])
-    raise ValueError(
-        f"a picture of type {type(image).__name__}; pass a PIL image or a list of "
-        "them, an array (b, h, w, 3) or a tensor (b, 3, h, w), values from 0 to 1"
-    )
-
-
-def one_each(
-    pictures: Float[Tensor, "b *shape"], count: int, num_images: int
-) -> Tensor:
-    """`count` pictures: each of those given as often as its prompt is drawn."""
-    if len(pictures) not in (1, count // num_images, count):
-        raise ValueError(
-            f"{len(pictures)} pictures or masks for {count // num_images} prompts; "
-            "pass one for all, or one for each prompt"
-        )
-    return pictures.repeat_interleave(count // len(pictures), dim=0)
-
-
-def as_pixels(
-    pictures, height: int, width: int, mode: str = "RGB"
-) -> Float[Tensor, "b c h w"]:
-    """Pictures as a tensor with values in [0, 1]; with mode "L", of one channel.
-
-    PIL images are resized. Raises ValueError for arrays of another size or range.
-    """
-    channels = len(mode)
-    if getattr(pictures, "ndim", None) == 2:  # a mask without an axis of channels
-        is_array = isinstance(pictures, np.ndarray)
-        pictures = pictures[..., None] if is_array else pictures[None]
-    picture_size(pictures)  # refuses what is none
-    if isinstance(pictures, Image.Image):
-        pictures = [pictures]
-    if isinstance(pictures, list | tuple):
-        if any(one.mode.startswith("I") for one in pictures):
-            raise ValueError(
-                f"a picture of mode {pictures[0].mode}, with 16 bits or more; convert "
-                "it to 8 bits, or pass an array with values from 0 to 1"
-            )
-        resized = [one.resize((width, height), Image.LANCZOS) for one in pictures]
-        arrays = [np.asarray(one.convert(mode), np.float32) / 255 for one in resized]
-        pictures = np.stack(arrays).reshape(-1, height, width, channels)
-    if isinstance(pictures, np.ndarray):
-        pictures = torch.from_numpy(pictures).movedim(-1, -3)
-    pixels = pictures.float().reshape(-1, *pictures.shape[-3:])
-    if pixels.shape[1:] != (channels, height, width):
-        raise ValueError(
-            f"a picture or mask of shape {tuple(pixels.shape)}, expected (b, "
-            f"{channels}, {height}, {width}); resize it, or pass PIL images"
-        )
-    if not (pixels.min() >= 0 and pixels.max() <= 1):  # NaN is neither
-        raise ValueError(
-            f"a picture or mask with values from {pixels.min():g} to "
-            f"{pixels.max():g}; expected 0 to 1"
-        )
-    return pixels
-
-
-class GivenPictures(SizedPipeline):
-    """A pipeline that takes pictures, and says which it cannot use."""
-
-    def size_like(self, image, height: int | None, width: int | None):
-        """Height and width as given, or else the picture's, down to whole cells."""
-        if image is None:
-            return height, width
-        factor, sides = self.vae.config.downscale, picture_size(image)
-        fitting = [max(side // factor, 1) * factor for side in sides]
-        if not isinstance(image, Image.Image | list | tuple):
-            fitting = sides  # arrays are not resized
-        given = zip((height, width), fitting)
-        return [default if side is None else side for side, default in given]
-
-    def prepare_pictures(self, image, mask, shape: tuple[int, ...], num_images: int):
-        """Pixels (b, 3, H, W), and the mask for latents of this shape, or None."""
-        if image is None:
-            return None, None
-        sides = [side * self.vae.config.downscale for side in shape[2:]]
-        pixels = one_each(as_pixels(image, *sides), shape[0], num_images)
-        if mask is None:
-            return pixels, None
-        mask = (as_pixels(mask, *sides, mode="L") >= 0.5).float()
-        mask = F.interpolate(mask, size=shape[2:])
-        mask = one_each(mask, shape[0], num_images)
-        return pixels, mask.to(self.device)
-
-
-@dataclass
-class Original:
-    """The picture that a call starts from, as latents, and the noise on it.
-
-    `mask` (b, 1, h, w) is 1 where the picture may change; None: everywhere.
-    """
-
-    x0: Float[Tensor, "b c h w"]
-    noise: Float[Tensor, "b c h w"]
-    mask: Float[Tensor, "b 1 h w"] | None = None
-
-    def put_back(
-        self, x: Tensor, scheduler: Scheduler, t: int | float | None = None
-    ) -> Float[Tensor, "b c h w"]:
-        """x, with the rest of the picture as it is at timestep t (None: at the end)."""
-        if self.mask is None:
-            return x
-        known = self.x0
-        if t is not None:
-            known = scheduler.add_noise(self.x0, self.noise, t)
-        return self.mask * x + (1 - self.mask) * known
-
-
-class FromPictures(GivenPictures):
-    """A pipeline that can start from a picture."""
-
-    @torch.no_grad()
-    def encode(
-        self, pixels: Float[Tensor, "b c h w"], generators=None
-    ) -> Float[Tensor, "b c2 h2 w2"]:
-        """Pixels in [0, 1] to latents as the UNet sees them, drawn by the VAE."""
-
-        def parameters(x):
-            posterior = self.vae.encode(x)
-            return torch.cat([posterior.mean, posterior.std], dim=1)
-
-        x = (2 * pixels - 1).to(self.device)
-        mean, std = self.in_full_if_need_be(parameters, x).float().chunk(2, dim=1)
-        drawn = mean + std * noise_like(mean, generators)
-        return drawn * self.vae.config.scaling_factor
-
-    def start(
-        self, noise: Tensor, original: Original | None, strength: int | float
-    ) -> Float[Tensor, "b c h w"]:
-        """What the first step begins with; fewer steps for a `strength` below 1."""
-        scheduler = self.scheduler
-        all_new = original is None or (strength == 1 and original.mask is not None)
-        if all_new:
-            return noise * scheduler.init_noise_sigma
-        steps = scheduler.num_inference_steps
-        scheduler.skip(steps - int(steps * strength))
-        return scheduler.add_noise(original.x0, noise, scheduler.timesteps[:1])
-
-
-Callback = Callable[[int, int | float, Tensor], None]
-
-
-class Denoising(FromPictures):
-    """The loop of sampling."""
-
-    @torch.no_grad()
-    def denoise(
-        self,
-        x: Float[Tensor, "b c h w"],
-        text: Text,
-        guidance_scale: int | float,
-        original: Original | None = None,
-        callback: Callback | None = None,
-        progress: bool = True,
-        **options,
-    ) -> Float[Tensor, "b c h w"]:
-        """From noise to latents, over all of the scheduler's timesteps."""
-        times = self.unet.embed_time(self.scheduler.timesteps.to(self.device))
-        timesteps = self.scheduler.timesteps.tolist()
-        for i, t in enumerate(tqdm(timesteps, disable=not progress)):
-            output = self.predict(x, t, text, None, guidance_scale, times[i : i + 1])
-            x = self.scheduler.step(output, t, x, **options)
-            if original is not None:
-                x = original.put_back(x, self.scheduler, *timesteps[i + 1 : i + 2])
-            if callback is not None:
-                callback(i, t, x)
-        return x
-
-
-class Drawing(Denoising):
-    """All that is computed in a call, before the picture is decoded."""
-
-    @torch.no_grad()
-    def draw(
-        self,
-        text: Text,
-        shape: tuple[int, ...],
-        seeds: list[int],
-        latents: Tensor | None,
-        pixels: Tensor | None,
-        mask: Tensor | None,
-        strength: int | float,
-        **options,
-    ) -> Float[Tensor, "b c h w"]:
-        """The latents of finished pictures; `options` are those of `denoise`."""
-        generators = [torch.Generator().manual_seed(one) for one in seeds]
-        x0 = None if pixels is None else self.encode(pixels, generators)
-        if latents is None:
-            latents = noise_like(torch.empty(shape), generators)
-        if mask is not None:  # diffusers draws once more, before the steps' own noise
-            noise_like(torch.empty(shape), generators)
-        # 25 small steps in half precision would add up 25 roundings.
-        noise = latents.to(self.device, torch.promote_types(self.dtype, torch.float32))
-        original = None if x0 is None else Original(x0, noise, mask)
-        x = self.start(noise, original, strength)
-        return self.denoise(
-            x, text, original=original, generator=generators, **options
-        )
-
-
-class StableDiffusion(Drawing):
-    """Text to picture with latent diffusion (Rombach et al., 2022).
-
-    Its parts are attributes: `vae`, `text_encoder`, `tokenizer`, `unet`, `scheduler`.
-    """
-
-    @torch.no_grad()
-    def __call__(
-        self, prompt: str | list[str], negative_prompt: str | list[str] | None = "",
-        height: int | None = None, width: int | None = None,
-        num_inference_steps: int = 25, guidance_scale: int | float = 3.0,
-        num_images_per_prompt: int = 1, seed: int | list[int] | None = 0,
-        latents: Float[Tensor, "b c h w"] | None = None, output_type: str = "pil",
-        *, image=None, strength: int | float | None = None, mask=None,
-        eta: int | float = 0.0, callback: Callback | None = None,
-        progress: bool = True,
-    ) -> Pictures:
-        """Draw pictures of a prompt, or of a list of prompts.
-
-        Sizes are in pixels and default to what the model was trained on. Picture k
-        draws its noise from `seed + k` alone, on the CPU: it is the same in any batch
-        and on every device. A list sets the seeds one by one; None picks one.
-        `latents` (b,c,h,w) replaces the start noise; `output_type="latent"` returns
-        the final ones. `eta` is DDIM's. `guidance_scale` 1 turns guidance off and
-        halves the work; below 1 it is off too, as in diffusers.
-        `callback(step, t, latents)` is called after each step. With `image`, one for
-        all or one for each prompt, that picture is redrawn, by `strength` of the steps
-        (0.8); with a `mask` only where it is white, and by all of them. The size is
-        then the picture's. Raises ValueError for anything that cannot be drawn,
-        before drawing starts.
-        """
-        check_choice("output_type", output_type, OUTPUT_TYPES)
-        prompts, negatives = prepare_prompts(
-            prompt, negative_prompt, num_images_per_prompt
-        )
-        strength = prepare_strength(strength, image, mask, num_inference_steps)
-        height, width = self.size_like(image, height, width)
-        shape = self.latent_shape(len(prompts), height, width, latents)
-        pixels, mask = self.prepare_pictures(image, mask, shape, num_images_per_prompt)
-        seeds = prepare_seeds(seed, len(prompts))
-        guided = prepare_guidance(guidance_scale, negatives)
-        options = dict(guidance_scale=guidance_scale, callback=callback)
-        options |= prepare_eta(self.scheduler, eta)
-        self.scheduler.set_timesteps(num_inference_steps)
-
-        text = self.read_prompts(prompts, negatives if guided else [])
-        start = shape, seeds, latents, pixels, mask, strength
-        x = self.draw(text, *start, progress=progress, **options)
-        return Pictures(self.decode(x, output_type), seeds)
+            scheduler_class(str(name))
+        except ValueError as missing:
+            warnings.warn(f"{folder}: {missing}; using ddim", stacklevel=3)
+            return DDIMScheduler.from_pretrained(folder)
+        raise

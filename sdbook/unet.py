@@ -11,7 +11,7 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import KeysValues, SpatialTransformer, TransformerBlock, repeat_like
+from .attention import SpatialTransformer
 from .formats import own_weights
 from .resblocks import Downsample, ResBlock, TimestepMLP, Upsample, timestep_embedding
 from .weights import Config, Pretrained
@@ -21,13 +21,11 @@ __all__ = [
     "check_levels",
     "UNetConfig",
     "pushed_channels",
-    "Text",
     "residual_block",
     "transformer",
     "DownBlock",
     "MiddleBlock",
     "UpBlock",
-    "check_text",
     "check_inputs",
     "UNetParts",
     "UNet",
@@ -157,10 +155,6 @@ def pushed_channels(config: UNetConfig) -> list[int]:
     return channels
 
 
-# The text: its embeddings, or what each cross-attention has read of them already.
-Text = Float[Tensor, "texts n d"] | dict[TransformerBlock, KeysValues]
-
-
 def residual_block(config: UNetConfig, in_channels: int, out_channels: int) -> ResBlock:
     """A residual block that is told the time."""
     time_dim = 4 * config.block_out_channels[0]
@@ -205,7 +199,7 @@ class DownBlock(nn.Module):
         self,
         x: Float[Tensor, "b c h w"],
         time: Float[Tensor, "#b time_dim"],
-        context: Text,
+        context: Float[Tensor, "b n d"],
     ) -> tuple[Float[Tensor, "b2 c2 h2 w2"], list[Tensor]]:
         skips = []
         for i, resnet in enumerate(self.resnets):
@@ -237,8 +231,8 @@ class MiddleBlock(nn.Module):
         self,
         x: Float[Tensor, "b c h w"],
         time: Float[Tensor, "#b time_dim"],
-        context: Text,
-    ) -> Float[Tensor, "texts c h w"]:
+        context: Float[Tensor, "b n d"],
+    ) -> Float[Tensor, "b c h w"]:
         x = self.resnets[0](x, time)
         x = self.attentions[0](x, context)
         return self.resnets[1](x, time)
@@ -276,10 +270,10 @@ class UpBlock(nn.Module):
         x: Float[Tensor, "b c h w"],
         skips: list[Tensor],
         time: Float[Tensor, "#b time_dim"],
-        context: Text,
-    ) -> Float[Tensor, "texts c2 h2 w2"]:
+        context: Float[Tensor, "b n d"],
+    ) -> Float[Tensor, "b c2 h2 w2"]:
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, repeat_like(skips.pop(), x)], dim=1), time)
+            x = resnet(torch.cat([x, skips.pop()], dim=1), time)
             if self.attentions:
                 x = self.attentions[i](x, context)
         for upsampler in self.upsamplers:
@@ -287,20 +281,11 @@ class UpBlock(nn.Module):
         return x
 
 
-def check_text(unet: nn.Module, text: Text) -> None:
-    """Raise ValueError for what another UNet's `read` gave."""
-    block = unet.mid_block.attentions[0].transformer_blocks[0]
-    if isinstance(text, dict) and block not in text:
-        raise ValueError(
-            "this text was read by another UNet; call `read` of the one that you use"
-        )
-
-
-def check_inputs(config: UNetConfig, latents: Tensor, t: Tensor, context: Text):
+def check_inputs(
+    config: UNetConfig, latents: Tensor, t: Tensor, context: Tensor
+) -> None:
     """Raise a ValueError that says which input does not fit and what would."""
     b, channels = latents.shape[:2]
-    has_been_read = isinstance(context, dict)  # by UNet.read
-    texts = len(next(iter(context.values()))[0] if has_been_read else context)
     if channels != config.in_channels:
         raise ValueError(
             f"latents have {channels} channels but this UNet takes "
@@ -311,12 +296,12 @@ def check_inputs(config: UNetConfig, latents: Tensor, t: Tensor, context: Text):
             f"timesteps of shape {tuple(t.shape)} but latents for {b}; pass one "
             "timestep, or one for each latent"
         )
-    if texts % b or (texts != b and t.numel() != 1):
+    if len(context) != b:
         raise ValueError(
-            f"prompt batch of {texts} but latents for {b}; pass one latent per prompt, "
-            "or the same number of prompts for each latent, and one timestep for all"
+            f"prompt batch of {len(context)} but latents for {b}; "
+            "pass one latent per prompt"
         )
-    if not has_been_read and context.shape[-1] != config.cross_attention_dim:
+    if context.shape[-1] != config.cross_attention_dim:
         raise ValueError(
             f"text embeddings of width {context.shape[-1]} but this UNet reads "
             f"width {config.cross_attention_dim}; use the text encoder that it "
@@ -325,7 +310,7 @@ def check_inputs(config: UNetConfig, latents: Tensor, t: Tensor, context: Text):
 
 
 class UNetParts(Pretrained, nn.Module):
-    """The layers of the UNet, and what can be asked of them beforehand."""
+    """The layers of the UNet."""
 
     config_class = UNetConfig
     diffusers_class = "UNet2DConditionModel"
@@ -357,19 +342,12 @@ class UNetParts(Pretrained, nn.Module):
         waves = timestep_embedding(t, self.conv_in.out_channels)
         return self.time_embedding(waves.to(self.conv_in.weight.dtype))
 
-    def read(self, context: Float[Tensor, "texts n d"]) -> Text:
-        """The keys and values of a text in every cross-attention."""
-        blocks = [m for m in self.modules() if isinstance(m, TransformerBlock)]
-        return {block: block.attn2.read(context) for block in blocks}
-
 
 class UNet(UNetParts):
     """Predicts the noise in latents, given the timestep and the text.
 
     latents (b, in_channels, h, w), t (b,) or one number, context
-    (b, n, cross_attention_dim) give (b, out_channels, h, w). With 2b contexts there
-    are 2b answers, k and k + b about latent k. Many calls get cheaper with
-    `context=unet.read(context)` and `time=unet.embed_time(t)`. Raises ValueError
+    (b, n, cross_attention_dim) give (b, out_channels, h, w). Raises ValueError
     for inputs that do not fit. From Rombach et al. (2022), section 3.3.
     """
 
@@ -377,14 +355,11 @@ class UNet(UNetParts):
         self,
         latents: Float[Tensor, "b c h w"],
         t: Num[Tensor, "..."] | int | float,
-        context: Text,
-        time: Float[Tensor, "#b time_dim"] | None = None,
-    ) -> Float[Tensor, "texts out h w"]:
+        context: Float[Tensor, "b n d"],
+    ) -> Float[Tensor, "b out h w"]:
         t = torch.as_tensor(t)
         check_inputs(self.config, latents, t, context)
-        check_text(self, context)
-        if time is None:
-            time = self.embed_time(t.reshape(-1).to(latents.device))
+        time = self.embed_time(t.reshape(-1).to(latents.device))
         x = self.conv_in(latents)
         skips = [x]
         for block in self.down_blocks:

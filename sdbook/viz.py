@@ -1,6 +1,6 @@
-"""The whole picture
+"""Pictures on the page
 
-Generated from chapters/00_the_whole_picture.ipynb; do not edit.
+Generated from chapters/A_pictures_on_the_page.ipynb; do not edit.
 """
 
 import base64
@@ -16,13 +16,14 @@ __all__ = [
     "to_picture",
     "Figure",
     "show_images",
+    "heatmap",
     "Palette",
     "PALETTE",
     "PAPER",
     "INK",
-    "heatmap",
     "use_style",
     "subplots",
+    "LARGEST_SVG",
     "show_figure",
     "frame_slider",
 ]
@@ -97,13 +98,21 @@ def _img(url, width, alt, crisp=False, hidden=False):
 
 
 class Figure:
-    """A picture and its caption: HTML on a page, the alt text elsewhere."""
+    """A picture and its caption: HTML on a page, the alt text elsewhere.
+
+    Raises ValueError without an alt text.
+    """
 
     def __init__(self, body, alt, caption=None):
         self.alt = _described(alt)
+        caption = html.escape(caption or "", quote=False)
+        caption = re.sub(r"`([^`]+)`", r"<code>\1</code>", caption)
+        if caption:
+            style = "margin-top: .5em"
+            caption = f'<figcaption style="{style}">{caption}</figcaption>\n'
         self.html = (
             '<figure class="sdbook" style="margin: 1em 0; text-align: center">'
-            f"\n{body}\n{_caption(caption)}</figure>"
+            f"\n{body}\n{caption}</figure>"
         )
 
     def _repr_html_(self):
@@ -111,6 +120,11 @@ class Figure:
 
     def __repr__(self):
         return f"[Figure: {self.alt}]"
+
+    def show(self):
+        from IPython.display import display
+
+        display(self)
 
 
 def _described(alt):
@@ -120,20 +134,6 @@ def _described(alt):
             "shows, for readers who cannot see it; pass alt='...'"
         )
     return alt.strip()
-
-
-def _caption(text):
-    if not text:
-        return ""
-    text = html.escape(text, quote=False)
-    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
-    return f'<figcaption style="margin-top: .5em">{text}</figcaption>\n'
-
-
-def _display(figure):
-    from IPython.display import display
-
-    display(figure)
 
 
 def _as_list(images):
@@ -171,6 +171,12 @@ def _best_columns(count):
     return min((5, 4, 3), key=lambda columns: -count % columns)
 
 
+def _best_scale(width, total, widest=680):
+    """Enlarge a picture to about 256 pixels, and the row to `widest`."""
+    halves = int(2 * min(256 / width, widest / total))
+    return halves // 2 if halves >= 4 else max(1, halves / 2)
+
+
 def show_images(
     images, titles=None, *, alt, caption=None, columns=None, scale=None
 ):
@@ -199,13 +205,7 @@ def show_images(
         width = pictures[0].width
         scale = scale or _best_scale(width, columns * (width + 8))
         body = _titled_grid(pictures, titles, alt, columns, scale)
-    _display(Figure(body, alt, caption))
-
-
-def _best_scale(width, total, widest=680):
-    """Enlarge a picture to about 256 pixels, and the row to `widest`."""
-    halves = int(2 * min(256 / width, widest / total))
-    return halves // 2 if halves >= 4 else max(1, halves / 2)
+    Figure(body, alt, caption).show()
 
 
 def _titled_grid(pictures, titles, alt, columns, scale):
@@ -226,25 +226,6 @@ def _titled_grid(pictures, titles, alt, columns, scale):
         + "\n".join(cells)
         + "\n</div>"
     )
-
-
-class Palette(NamedTuple):
-    """Line colours, by name (`PALETTE.blue`) or in order (`PALETTE[0]`).
-
-    Each has a contrast of at least 3:1 on light and dark pages; the first
-    five stay apart with any of the three kinds of colour blindness.
-    """
-
-    blue: str = "#3565bc"
-    orange: str = "#bf7d3a"
-    teal: str = "#1c9c8c"
-    red: str = "#b9485c"
-    purple: str = "#9032e6"
-    grey: str = "#7f7a71"
-
-
-PALETTE = Palette()
-PAPER, INK = "#f7f4ed", "#2b2a27"  # the card behind a plot, its text
 
 
 def heatmap(values, limits=None, signed=False):
@@ -271,6 +252,25 @@ def heatmap(values, limits=None, signed=False):
     scaled = (values - low) / max(high - low, 1e-12)
     colours = colormaps["PuOr_r" if signed else "cividis"](scaled.clip(0, 1))
     return np.round(colours[:, :, :3] * 255).astype(np.uint8)
+
+
+class Palette(NamedTuple):
+    """Line colours, by name (`PALETTE.blue`) or in order (`PALETTE[0]`).
+
+    Each has a contrast of at least 3:1 on light and dark pages; the first
+    five stay apart with any of the three kinds of colour blindness.
+    """
+
+    blue: str = "#3565bc"
+    orange: str = "#bf7d3a"
+    teal: str = "#1c9c8c"
+    red: str = "#b9485c"
+    purple: str = "#9032e6"
+    grey: str = "#7f7a71"
+
+
+PALETTE = Palette()
+PAPER, INK = "#f7f4ed", "#2b2a27"  # the card behind a plot, its text
 
 
 def use_style():
@@ -307,36 +307,34 @@ def subplots(rows=1, columns=1, width=6.8, height=2.8, **options):
     return plt.subplots(rows, columns, figsize=(width, height), **options)
 
 
-def show_figure(fig, alt, caption=None, largest_svg=120_000):
+LARGEST_SVG = 120_000  # bytes; a drawing with more becomes a PNG
+
+
+def show_figure(fig, alt, caption=None):
     """Show a matplotlib figure as a drawing, and close it.
 
-    It is embedded as SVG, or as PNG where the SVG would have more than
-    `largest_svg` bytes, on a card that suits light and dark pages.
+    It is embedded as SVG, or as PNG where the SVG would be large, on a card
+    that suits light and dark pages.
     """
     alt = _described(alt)
     data, kind = _plot_bytes(fig, "svg"), "image/svg+xml"
-    if len(data) > largest_svg:
+    if len(data) > LARGEST_SVG:
         data, kind = _plot_bytes(fig, "png"), "image/png"
     width = round(fig.get_figwidth() * 100)
-    _close(fig)
-    _display(Figure(_img(_data_url(kind, data), width, alt), alt, caption))
+    Figure(_img(_data_url(kind, data), width, alt), alt, caption).show()
 
 
 def _plot_bytes(fig, kind):
-    """The figure's file, the same bytes every time."""
+    """The figure's file, the same bytes every time; closes the figure."""
+    import matplotlib.pyplot as plt
+
     use_style()
     fig.set_facecolor(PAPER)
     dated = ("Date", "Creator") if kind == "svg" else ("Software",)
     buffer = io.BytesIO()
     fig.savefig(buffer, format=kind, dpi=144, metadata=dict.fromkeys(dated))
+    plt.close(fig)  # or the notebook shows it a second time
     return buffer.getvalue()
-
-
-def _close(fig):
-    """Close the figure, or the notebook shows it a second time."""
-    import matplotlib.pyplot as plt
-
-    plt.close(fig)
 
 
 _MOVE = (
@@ -372,7 +370,7 @@ def frame_slider(
         img = _img(url, width, text, crisp, hidden=n != start)
         body.append(img.replace("<img", f'<img data-label="{label}"', 1))
     body.append(_slider(name, labels, start))
-    _display(Figure("\n".join(body), alt, caption))
+    Figure("\n".join(body), alt, caption).show()
 
 
 def _slider(name, labels, start):
@@ -390,9 +388,7 @@ def _frame(frame, scale):
     """One frame as a data URL, its width on the page, and if it is crisp."""
     if hasattr(frame, "savefig"):
         url = _data_url("image/png", _plot_bytes(frame, "png"))
-        width = round(frame.get_figwidth() * 100)
-        _close(frame)
-        return url, width, False
+        return url, round(frame.get_figwidth() * 100), False
     pictures = [to_picture(image) for image in _as_list(frame)]
     picture = _mosaic(pictures, _best_columns(len(pictures)))
     scale = scale or _best_scale(pictures[0].width, picture.width)

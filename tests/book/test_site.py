@@ -18,7 +18,7 @@ import yaml
 from helpers import load_tool
 
 ROOT = Path(__file__).resolve().parents[2]
-CHAPTERS = sorted((ROOT / "chapters").glob("[0-9][0-9]_*.ipynb"))
+CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
 colab = load_tool("colab")
 
 
@@ -230,18 +230,29 @@ def test_a_word_links_to_the_glossary_once_in_a_chapter():
 
 
 def test_every_module_has_its_page_of_the_reference():
-    modules = {path.stem for path in (ROOT / "sdbook").glob("[!_]*.py")}
-    assert {path.stem for path in (ROOT / "pages" / "api").glob("*.md")} == modules
-    toc = yaml.safe_load(read("_toc.yml"))
-    assert {f"pages/api/{name}" for name in modules} <= set(
-        re.findall(r"pages/api/\w+", str(toc))
-    )
-    for name in modules:
-        assert f"(api/{name})" in read("pages/api.md")
+    api = load_tool("sphinx_api")
+    pages = {api.page_of(name) for name in api.modules() if api.public_names(name)}
+    found = [path.relative_to(ROOT) for path in (ROOT / "pages/api").rglob("*.md")]
+    assert {path.with_suffix("").as_posix() for path in found} == pages
+    assert pages == set(re.findall(r"pages/api/[\w/]+", read("_toc.yml")))
+    listed = re.findall(r"\((api/.*?)\)", read("pages/api.md"))
+    assert pages == {f"pages/{page}" for page in listed}
 
 
-def test_signatures_are_written_as_in_the_book(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools" / "book"))
+def test_methods_of_later_cells_are_in_the_reference(monkeypatch):
+    api = load_tool("sphinx_api")
+    text = "class A:\n    def f(self):\n        'one'\n\n    def forward(self): ..."
+    tree = ast.parse(text + "\n\n    def g(self): ...\n\n\ndef f(): ...")
+    monkeypatch.setattr(api, "module", lambda name: (tree, []))
+    for cached in (api.public_names, api.entries):
+        cached.cache_clear()
+    assert api.entries("invented.module") == ("A", "f", "A.f", "A.forward")
+    cell = "@add_to(A)\ndef f(self): ...\n\n\n@add_to(A)\ndef g(self): ..."
+    assert api.defined_in(cell, "invented.module") == ["A.f", "A"]
+    assert api.page_of("training.loop") == "pages/api/training/loop"
+
+
+def test_signatures_are_written_as_in_the_book():
     api = load_tool("sphinx_api")
     node = ast.parse(
         'def f(self, x: Float[Tensor, "b c"], *, n=1, **rest: int) -> Tensor: ...'

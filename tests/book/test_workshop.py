@@ -1,6 +1,7 @@
 """The workshop: dependencies in step, commands listed, imports cheap and acyclic."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -19,30 +20,66 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = sorted(path.stem for path in (ROOT / "sdbook").glob("*.py"))
+PACKAGE = ROOT / "sdbook"
 
-# The floors of the house: a module imports only from below.
+
+def module_of(path):
+    """`training.loop` for sdbook/training/loop.py, `training` for its __init__.py."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    inside = len(parts) > 1 and parts[-1] == "__init__"
+    return ".".join(parts[:-1] if inside else parts)
+
+
+FILES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+MODULES = sorted(FILES)
+
+# The floors of the house: a module imports only from below. Neighbours on one floor
+# that need each other stand on steps between two floors.
 FLOORS = {
-    "__init__": 7,
     "__main__": 6,
-    "training": 5,
-    "finetuning": 5.5,  # on the same floor, but it uses the loop of `training`
     "evaluation": 5,
+    "finetuning": 5.5,
+    "training": 5.3,  # hands on the names of its modules
+    "training.unet": 5,
+    "training.vae": 5,
+    "training.clip": 5,
+    "training.loop": 4.7,
+    "training.cache": 4.6,
+    "training.loss": 4.5,
+    "run": 4.4,
+    "run.plan": 4.3,
+    "run.checkpoints": 4.2,
+    "run.processes": 4.2,
+    "run.logs": 4.2,
+    "run.memory": 4.2,
+    "run.progress": 4.1,
+    "run.tables": 4.1,
+    "run.settings": 4.1,
+    "__init__": 4.1,  # hands on StableDiffusion
     "pipeline": 4,
     "unet": 3,
     "vae": 3,
     "clip": 3,
-    "schedulers": 2,
-    "data": 2.9,
+    "data": 2.9,  # hands on the names of scenes and images
     "scenes": 2.5,
-    "images": 2,
-    "formats": 2,
+    "images": 2.3,
+    "schedulers": 2.3,
+    "formats": 2.3,
     "weights": 2,
     "files": 1,
     "attention": 1,
     "resblocks": 1,
     "viz": 0,
     "notebook": 0,
+}
+
+# Not rebuilt yet; this list is to become empty, and to go.
+NOT_YET = {"training", "schedulers", "unet", "finetuning"}
+
+# A base class with one child says *is a*, and why.
+ONE_CHILD = {
+    "attention.Attention": "whole by itself; its child adds a norm and a residual",
+    "scenes.Scenes": "whole by itself; its child asks for more things in a picture",
 }
 
 
@@ -230,7 +267,7 @@ def test_importing_the_package_is_cheap():
 
 
 def test_no_module_imports_what_is_heavy():
-    names = [name for name in MODULES if name != "__main__"]
+    names = [name for name in MODULES if name not in ("__init__", "__main__")]
     code = "import sys\n" + "".join(f"import sdbook.{name}\n" for name in names)
     code += (
         "heavy = {'transformers', 'diffusers', 'matplotlib', 'IPython', 'accelerate'}\n"
@@ -248,39 +285,106 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def imported(module):
-    """The modules of the package that a module imports when it is imported."""
-    tree = ast.parse((ROOT / "sdbook" / f"{module}.py").read_text(encoding="utf-8"))
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            yield from [node.module] if node.module else [a.name for a in node.names]
+    """The modules of the package that a module imports, inside functions, too."""
+    path = FILES[module]
+    folder = list(path.parent.relative_to(PACKAGE).parts)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+            yield from (n.removeprefix("sdbook.") for n in names if "sdbook." in n)
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        parts = node.module.split(".") if node.module else []
+        if node.level:
+            parts = folder[: len(folder) - node.level + 1] + parts
+        elif parts[0] == "sdbook":
+            parts = parts[1:]
+        else:
+            continue
+        for alias in node.names:
+            whole = ".".join([*parts, alias.name])
+            if whole in FILES:
+                yield whole
+            elif alias.name != "__version__":
+                yield ".".join(parts) or "__init__"
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_down(module):
     assert module in FLOORS, f"say on which floor sdbook/{module}.py stands"
     for other in imported(module):
-        if other in FLOORS:
-            assert FLOORS[other] < FLOORS[module], f"{module} imports {other}"
-
-
-def test_no_imports_go_in_circles():
-    below = {module: set(imported(module)) & set(MODULES) for module in MODULES}
-    while below:
-        free = [module for module, needs in below.items() if not needs]
-        assert free, f"in a circle: {sorted(below)}"
-        below = {m: needs - set(free) for m, needs in below.items() if m not in free}
+        assert other in FLOORS, f"{module} imports {other}, which is not there"
+        assert FLOORS[other] < FLOORS[module], f"{module} imports {other}"
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_only_notebooks_and_the_evaluation_draw(module):
     if module not in ("evaluation", "viz"):
-        assert "viz" not in imported(module)
+        assert not {"viz", "notebook"} & set(imported(module))
 
 
 def test_no_star_imports():
-    for module in MODULES:
-        text = (ROOT / "sdbook" / f"{module}.py").read_text(encoding="utf-8")
-        assert "import *" not in text
+    for path in FILES.values():
+        assert "import *" not in path.read_text(encoding="utf-8")
+
+
+# Classes ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def classes():
+    """Every class of the package, by its full name; errors and warnings apart."""
+    found = {}
+    for module in sorted(set(MODULES) - {"__init__", "__main__"}):
+        for thing in vars(importlib.import_module(f"sdbook.{module}")).values():
+            if isinstance(thing, type) and is_ours(thing):
+                found[f"{thing.__module__}.{thing.__qualname__}"] = thing
+    return found
+
+
+def is_ours(cls):
+    return cls.__module__.startswith("sdbook.") and not issubclass(cls, BaseException)
+
+
+def is_waiting(cls):
+    return cls.__module__.removeprefix("sdbook.") in NOT_YET
+
+
+def ladder(cls):
+    """A class and its longest row of bases that are ours, too."""
+    rows = [ladder(base) for base in cls.__bases__ if is_ours(base)]
+    return [cls.__name__, *max(rows, key=len, default=[])]
+
+
+def test_no_class_is_deeper_than_three(classes):
+    ladders = [ladder(c) for c in classes.values() if not is_waiting(c)]
+    deep = [row for row in ladders if len(row) > 3]
+    assert not deep, "; ".join(" < ".join(row) for row in deep)
+
+
+def test_a_base_with_one_child_has_a_reason(classes):
+    """A base that exists only to split a page does not: use `@add_to`."""
+    children = {}
+    for name, cls in classes.items():
+        for base in filter(is_ours, cls.__bases__):
+            if is_waiting(base):
+                continue
+            full = f"{base.__module__}.{base.__qualname__}".removeprefix("sdbook.")
+            children.setdefault(full, []).append(name)
+    single = {base for base, names in children.items() if len(names) == 1}
+    assert single == set(ONE_CHILD), {base: children[base] for base in single}
+
+
+def test_nobody_asks_what_kind_of_dataset_it_is():
+    """All datasets do the same things (sdbook.images.CaptionedDataset)."""
+    kinds = r"\b(Scenes|CrowdedScenes|CaptionedImages|CaptionedShards)\b"
+    for path in (path for name, path in FILES.items() if name not in NOT_YET):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and "isinstance" in ast.unparse(node.func):
+                assert not re.search(kinds, ast.unparse(node)), (path, node.lineno)
+
+
+# Paths ------------------------------------------------------------------------
 
 
 def test_no_path_of_the_authors_machine():

@@ -15,7 +15,6 @@ from helpers import ROOT, load_tool
 from PIL import Image
 from torch import nn
 
-from sdbook import training
 from sdbook.clip import CLIPTextConfig, CLIPTextModel, Tokenizer
 from sdbook.data import CaptionedImages, CaptionedShards, Scenes
 from sdbook.training import Encoded, Rows, RunConfig, open_dataset, short_name
@@ -55,9 +54,14 @@ def tokenizer():
     return Tokenizer.train(["card one two three"], vocab_size=514, max_length=40)
 
 
+class InFours(Encoded):
+    """Encodes four pictures of the tests at once."""
+
+    batch_pixels = 4 * 16**2
+
+
 @pytest.fixture
-def vae(monkeypatch):
-    monkeypatch.setattr(training, "BATCH_PIXELS", 4 * 16**2)  # 4 pictures a batch
+def vae():
     return CountingVAE()
 
 
@@ -95,7 +99,7 @@ def encoded(pictures, vae, text_encoder, tokenizer, tmp_path):
         vae.shown = text_encoder.shown = 0
         if dataset is None:
             dataset = CaptionedImages(pictures, size, **options)
-        return Encoded(dataset, vae, text_encoder, tokenizer, folder)
+        return InFours(dataset, vae, text_encoder, tokenizer, folder)
 
     encode.cost = lambda: (vae.shown, text_encoder.shown)
     return encode
@@ -145,8 +149,8 @@ def test_scenes_are_known_by_their_world_and_number(
 ):
     def cost(length, **options):
         vae.shown, scenes = 0, Scenes(64, length=length, **options)
-        cache = Encoded(scenes, vae, text_encoder, tokenizer, tmp_path, 0, ["card"])
-        assert len(cache) == length and len(cache.sample) == 1
+        cache = InFours(scenes, vae, text_encoder, tokenizer, tmp_path)
+        assert len(cache) == length and len(cache.sample) == 1000
         return vae.shown
 
     assert cost(3) == 3
@@ -388,9 +392,9 @@ def test_shards_hold_the_same_pictures_as_their_folder(
     path = f"{tmp_path}/{{0000..0002}}.tar"
     shards = open_dataset(RunConfig(dataset_path=path, image_size=16))
     assert isinstance(shards, CaptionedShards)
-    assert training.captions_of(shards) == [f"card {i}" for i in range(COUNT)]
+    assert shards.captions() == [f"card {i}" for i in range(COUNT)]
     other = tmp_path / "other"
-    cache = Encoded(shards, vae, text_encoder, tokenizer, other, num_workers)
+    cache = InFours(shards, vae, text_encoder, tokenizer, other, num_workers)
     assert vae.shown == COUNT
     from_folder = encoded(folder=other)
     assert encoded.cost() == (0, 0), "the same files under the same keys"

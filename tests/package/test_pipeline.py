@@ -186,7 +186,7 @@ def test_shipped_models_are_found_by_name(folder, monkeypatch, tmp_path):
     assert shipped_models()["small"] == folder
     assert find_model("small") == folder
     monkeypatch.setenv("SDBOOK_MODELS", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no model 'small'; give a folder"):
+    with pytest.raises(FileNotFoundError, match="no model 'small'"):
         find_model("small")
 
 
@@ -307,15 +307,13 @@ def test_gradients_are_off_inside_only(pipe):
     assert not images.requires_grad and torch.is_grad_enabled()
 
 
-def test_an_overflowing_half_decoder_is_retried_in_float32(folder, monkeypatch):
+def test_an_overflowing_half_decoder_is_retried_in_float32(folder):
     pipe = StableDiffusion.from_pretrained(folder, dtype=torch.bfloat16)
-    decode = type(pipe.vae).decode
-
-    def overflow(vae, z):
-        pixels = decode(vae, z)
-        return pixels * torch.inf if z.dtype == torch.bfloat16 else pixels
-
-    monkeypatch.setattr(type(pipe.vae), "decode", overflow)
+    pipe.vae.decoder.register_forward_hook(
+        lambda module, given, out: (
+            out * torch.inf if out.dtype == torch.bfloat16 else out
+        )
+    )
     with pytest.warns(UserWarning, match="overflowed in torch.bfloat16"):
         images = draw(pipe)
     assert np.isfinite(images).all() and images.std() > 0.01
@@ -341,30 +339,29 @@ def test_ten_thousand_words_are_cut_with_a_warning(pipe):
 
 @pytest.mark.parametrize("steps", [0, 1001])
 def test_number_of_steps(pipe, steps):
-    message = f"num_inference_steps={steps}: expected 1 to 1000"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"num_inference_steps={steps}: .* 1 to 1000"):
         draw(pipe, n=steps)
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(height=17), "height=17: .* multiples of 2 pixels; try 16 or 18"),
-        (dict(width=19), "width=19: .* multiples of 2 pixels; try 18 or 20"),
+        (dict(height=17), "height=17: .* try 16 or 18"),
+        (dict(width=19), "width=19: .* try 18 or 20"),
         (dict(width=0), "width=0: .* try 2 or 4"),
         (dict(height=-16), "height=-16"),
         (dict(prompt=[]), "empty list of prompts"),
-        (dict(negative_prompt=["a", "b"]), "1 prompts but 2 negative prompts"),
+        (dict(negative_prompt=["a", "b"]), "2 negative prompts"),
         (dict(num_images_per_prompt=0), "num_images_per_prompt=0"),
-        (dict(output_type="png"), "output_type='png': choose one of pil, np, pt, lat"),
-        (dict(seed=[1, 2]), "2 seeds for 1 pictures"),
-        (dict(seed=2**64), "seed=18446744073709551616: expected .* 64 bits"),
-        (dict(guidance_scale=math.nan), "guidance_scale=nan: expected a number"),
-        (dict(guidance_scale=math.inf), "guidance_scale=inf: expected a number"),
-        (dict(eta=2.0), "eta=2.0: expected 0"),
+        (dict(output_type="png"), "output_type='png': .* latent"),
+        (dict(seed=[1, 2]), "2 seeds"),
+        (dict(seed=2**64), "seed=18446744073709551616: .* 64 bits"),
+        (dict(guidance_scale=math.nan), "guidance_scale=nan"),
+        (dict(guidance_scale=math.inf), "guidance_scale=inf"),
+        (dict(eta=2.0), "eta=2.0"),
         (
             dict(prompt=["a"] * 3, latents=torch.zeros(2, 4, 8, 8)),
-            "prompt batch of 3 but latents for 2; pass one latent per prompt",
+            "batch of 3 but latents for 2",
         ),
         (
             dict(latents=torch.zeros(1, 3, 8, 8)),
@@ -384,20 +381,18 @@ def test_calls_that_cannot_be_drawn(pipe, monkeypatch, options, message):
 
 @pytest.mark.parametrize("prompt, kind", [(None, "NoneType"), (["a", 3], "int")])
 def test_prompts_are_texts(prompt, kind):
-    with pytest.raises(ValueError, match=f"a prompt of type {kind}; pass a text"):
+    with pytest.raises(ValueError, match=f"prompt of type {kind}"):
         prepare_prompts(prompt, "", 1)
 
 
 def test_eta_without_ddim(pipe):
     pipe.scheduler = "ddpm"
-    with pytest.raises(
-        ValueError, match="DDPMScheduler has no eta; use scheduler ddim"
-    ):
+    with pytest.raises(ValueError, match="DDPMScheduler has no eta"):
         draw(pipe, eta=0.5)
 
 
 def test_arguments_without_effect_warn(pipe):
-    with pytest.warns(UserWarning, match="guidance_scale=0.5 is treated as 1"):
+    with pytest.warns(UserWarning, match="guidance_scale=0.5"):
         low = draw(pipe, guidance_scale=0.5)
     assert np.array_equal(low, draw(pipe, guidance_scale=1.0))
     with pytest.warns(UserWarning, match="negative_prompt has no effect"):
@@ -406,7 +401,7 @@ def test_arguments_without_effect_warn(pipe):
 
 def test_parts_that_do_not_fit_together(pipe):
     wide = UNet(UNetConfig(**{**vars(pipe.unet.config), "cross_attention_dim": 48}))
-    with pytest.raises(ValueError, match="cross_attention_dim is 48 .* is 32"):
+    with pytest.raises(ValueError, match="cross_attention_dim.* 48 .* 32"):
         StableDiffusion(
             pipe.vae, pipe.text_encoder, pipe.tokenizer, wide, pipe.scheduler
         )
@@ -420,21 +415,19 @@ def copy_of(folder, tmp_path):
 
 
 def test_missing_model(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no model .*; give a folder, an id"):
+    with pytest.raises(FileNotFoundError, match="no model .*nowhere"):
         StableDiffusion.from_pretrained(tmp_path / "nowhere")
 
 
 def test_folder_without_an_index(tmp_path):
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(
-        FileNotFoundError, match="no model_index.json .it has: notes.txt"
-    ):
+    with pytest.raises(FileNotFoundError, match="model_index.json .*notes.txt"):
         StableDiffusion.from_pretrained(tmp_path)
 
 
 def test_an_empty_single_file(tmp_path):
     (tmp_path / "model.ckpt").touch()
-    with pytest.raises(ValueError, match="model.ckpt is empty; copy or download"):
+    with pytest.raises(ValueError, match="model.ckpt is empty"):
         StableDiffusion.from_pretrained(tmp_path / "model.ckpt")
 
 
@@ -460,12 +453,12 @@ def test_truncated_weights_are_named(folder, tmp_path, part, keep):
 
 def test_a_tokenizer_of_another_model_is_refused(pipe):
     longer = Tokenizer.train(WORDS, vocab_size=560, max_length=77)
-    with pytest.raises(ValueError, match="rows of 77, .* 16 places; use the tokenizer"):
+    with pytest.raises(ValueError, match="rows of 77, .* 16 places"):
         StableDiffusion(pipe.vae, pipe.text_encoder, longer, pipe.unet, pipe.scheduler)
 
 
 def test_latents_that_overflowed_are_not_drawn(pipe):
-    with pytest.raises(ValueError, match="not finite: the UNet overflowed in torch.fl"):
+    with pytest.raises(ValueError, match="UNet overflowed in torch.float32"):
         pipe.decode(torch.full((1, 4, 8, 8), torch.nan))
 
 
@@ -473,7 +466,7 @@ def test_weights_of_another_model_list_the_keys(folder, tmp_path):
     broken = copy_of(folder, tmp_path)
     small_pipeline((16, 24, 32)).unet.save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other/diffusion_pytorch_model.safetensors", broken / "unet")
-    with pytest.raises(ValueError, match="unexpected .*Use the config.json"):
+    with pytest.raises(ValueError, match="unexpected"):
         StableDiffusion.from_pretrained(broken)
 
 
@@ -482,9 +475,7 @@ def test_foreign_pipelines_are_refused(folder, tmp_path):
     index = json.loads((broken / "model_index.json").read_text())
     index |= {"_class_name": "FluxPipeline", "unet": [None, None]}
     (broken / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(
-        ValueError, match="FluxPipeline.* has unet = None, expected UNet"
-    ):
+    with pytest.raises(ValueError, match="FluxPipeline.* has unet = None"):
         StableDiffusion.from_pretrained(broken)
 
 
@@ -505,9 +496,7 @@ def test_hub_id_without_a_network_says_so(monkeypatch):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(
-        FileNotFoundError, match="'owner/model' from the Hugging Face hub"
-    ):
+    with pytest.raises(FileNotFoundError, match="owner/model.*no route to host"):
         StableDiffusion.from_pretrained("owner/model")
 
 

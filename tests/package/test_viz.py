@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sdbook import viz
 from sdbook.viz import (
     INK,
+    LARGEST_SVG,
     PALETTE,
     PAPER,
     Figure,
@@ -30,7 +30,7 @@ from sdbook.viz import (
 def shown(monkeypatch):
     """The figures that a call displayed."""
     figures = []
-    monkeypatch.setattr(viz, "_display", figures.append)
+    monkeypatch.setattr("IPython.display.display", figures.append)
     return figures
 
 
@@ -184,10 +184,11 @@ def test_a_shown_plot_is_closed_and_a_heavy_one_becomes_png(shown):
 
     plt.close("all")
     fig, ax = subplots()
-    ax.plot([0, 1])
-    show_figure(fig, "a line", largest_svg=10)
+    ax.scatter(*noise(2, 4000))
+    show_figure(fig, "many dots")
     assert plt.get_fignums() == []
     assert tags(shown[0])[0]["src"].startswith("data:image/png;base64,")
+    assert len(tags(shown[0])[0]["src"]) < LARGEST_SVG
 
 
 # The slider -------------------------------------------------------------------

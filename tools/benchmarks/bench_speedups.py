@@ -1,14 +1,17 @@
-"""What each saving in the guided loop brings, measured in turns on one machine.
+"""What makes the guided loop faster, and by how much, measured in turns on one machine.
 
     tools/benchmarks/bench_speedups.py  the shipped model, CPU
     tools/benchmarks/bench_speedups.py --device cuda --dtype bf16
     tools/benchmarks/bench_speedups.py --device cuda --dtype fp16 --model folder-or-id
 
-Every rung of the ladder is the whole loop (DDIM, no decoder) with one saving more
-than the rung before. All rungs run once in each round, one after the other, and each
-time is divided by the first rung's of the same round: seconds depend on the machine
-and on the hour, these ratios less so. The record, medians over the rounds, goes to
-data/runs/speedups/<device>.json, or where --json says.
+Every rung is the whole loop (DDIM, no decoder). All rungs run once in each round, one
+after the other, and each time is divided by the first rung's of the same round: seconds
+depend on the machine and on the hour, these ratios less so. The record, medians over
+the rounds, goes to data/runs/speedups/<device>.json, or where --json says.
+
+The record for the CPU that comes with the book has three more rungs, which this script
+had at the commit that is named there: text read once, one latent for two texts, times
+at once. Together they brought one to two per cent, and were taken out.
 """
 
 import argparse
@@ -47,65 +50,30 @@ class Ladder:
         self.noise = noise.to(pipe.device)
 
     @torch.no_grad()
-    def loop(self, predict: Callable[[Tensor, int, int], Tensor]) -> Tensor:
-        """All steps; `predict` takes latents, the timestep and the step's number."""
+    def loop(self, predict: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """All steps; `predict` takes latents and the timestep."""
         scheduler, x = self.pipe.scheduler, self.noise
-        for i, t in enumerate(scheduler.timesteps.tolist()):
-            answer = predict(x.to(self.pipe.dtype), t, i).float()
+        for t in scheduler.timesteps.tolist():
+            answer = predict(x.to(self.pipe.dtype), t).float()
             x = scheduler.step(answer, t, x)
         return x
 
     def plain(self) -> Tensor:
-        def predict(x, t, i):
+        def predict(x, t):
             uncond, cond = self.unet(x, t, self.uncond), self.unet(x, t, self.context)
             return guide(uncond, cond, SCALE)
 
         return self.loop(predict)
 
     def one_call(self) -> Tensor:
-        def predict(x, t, i):
+        def predict(x, t):
             answers = self.unet(torch.cat([x, x]), t, self.both)
             return guide(*answers.chunk(2), SCALE)
 
         return self.loop(predict)
 
-    @torch.no_grad()
-    def read_once(self) -> Tensor:
-        text = self.unet.read(self.both)
-
-        def predict(x, t, i):
-            answers = self.unet(torch.cat([x, x]), t, text)
-            return guide(*answers.chunk(2), SCALE)
-
-        return self.loop(predict)
-
-    @torch.no_grad()
-    def shared_start(self) -> Tensor:
-        text = self.unet.read(self.both)
-
-        def predict(x, t, i):
-            return guide(*self.unet(x, t, text).chunk(2), SCALE)
-
-        return self.loop(predict)
-
-    @torch.no_grad()
-    def times_at_once(self) -> Tensor:
-        text = self.unet.read(self.both)
-        return self.loop(self.with_times(lambda x, t, time: guide(
-            *self.unet(x, t, text, time).chunk(2), SCALE
-        )))  # fmt: skip
-
-    @torch.no_grad()
     def no_guidance(self) -> Tensor:
-        text = self.unet.read(self.context)
-        return self.loop(self.with_times(
-            lambda x, t, time: self.unet(x, t, text, time)
-        ))  # fmt: skip
-
-    def with_times(self, predict) -> Callable[[Tensor, int, int], Tensor]:
-        timesteps = self.pipe.scheduler.timesteps.to(self.pipe.device)
-        times = self.unet.embed_time(timesteps)
-        return lambda x, t, i: predict(x, t, times[i : i + 1])
+        return self.loop(lambda x, t: self.unet(x, t, self.context))
 
 
 def with_own_unet(pipe: StableDiffusion) -> StableDiffusion:
@@ -122,23 +90,20 @@ def rungs(
     """What to time, by name: the ladder, and beside it what changes more than that."""
     ladder = Ladder(pipe, batch, steps)
     found = {
-        "plain: two calls, text read in each": ladder.plain,
-        "both halves in one call": ladder.one_call,
-        "text read once": ladder.read_once,
-        "one latent, two texts": ladder.shared_start,
-        "times at once (our pipeline)": ladder.times_at_once,
+        "plain: two calls": ladder.plain,
+        "both halves in one call (our pipeline)": ladder.one_call,
     }
     other = with_own_unet(pipe)
     other.unet.to(memory_format=torch.channels_last)
-    found["… in channels-last order"] = Ladder(other, batch, steps).times_at_once
+    found["… in channels-last order"] = Ladder(other, batch, steps).one_call
     best, name = pipe, ""
     if fast is not None:
         best, name = fast, f" in {fast.dtype}".replace("torch.", "")
-        found[f"…{name}"] = Ladder(fast, batch, steps).times_at_once
+        found[f"…{name}"] = Ladder(fast, batch, steps).one_call
     if compiled:
         other = with_own_unet(best)
         other.unet.forward = torch.compile(other.unet.forward)
-        found[f"… compiled{name}"] = Ladder(other, batch, steps).times_at_once
+        found[f"… compiled{name}"] = Ladder(other, batch, steps).one_call
     found["… guidance off (another picture)"] = ladder.no_guidance
     return found
 
@@ -161,7 +126,7 @@ def measure(functions: dict[str, Callable], rounds: int) -> list[dict]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="What each saving brings.")
+    parser = argparse.ArgumentParser(description="What makes the guided loop faster.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="a second precision to time")
     parser.add_argument("--model", default="scenes", help="as from_pretrained takes it")

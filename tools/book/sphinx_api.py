@@ -2,8 +2,10 @@
 
 `{api} unet` on a page lists the public names of sdbook/unet.py: how each is called,
 its docstring, and a link to the cell of the chapter that builds it. The label above
-that cell, "saved to sdbook/unet.py", links to the entry here. Modules and chapters
-are only read, never imported.
+that cell, "saved to sdbook/unet.py", links to the entry here. A method that a later
+cell adds (`@add_to`) has links of its own. Modules in folders (`{api} training.loop`)
+and modules written by hand have entries, too. Modules and chapters are only read,
+never imported.
 """
 
 import ast
@@ -36,30 +38,57 @@ def export_tool():
 @cache
 def chapters():
     """What each chapter exports, in order."""
-    paths = sorted((ROOT / "chapters").glob("[0-9][0-9]_*.ipynb"))
+    paths = sorted((ROOT / "chapters").glob("*.ipynb"))
     return [export_tool().read_chapter(path) for path in paths]
+
+
+def file_of(name):
+    """`sdbook/training/loop.py` for `training.loop`."""
+    return export_tool().file_of(name)
+
+
+def page_of(name):
+    """The page that explains a module: `pages/api/training/loop`."""
+    return f"pages/api/{name.replace('.', '/')}"
 
 
 @cache
 def module(name):
     """The syntax tree of a module and the lines of its file."""
-    text = (ROOT / "sdbook" / f"{name}.py").read_text(encoding="utf-8")
+    text = (ROOT / file_of(name)).read_text(encoding="utf-8")
     return ast.parse(text), text.split("\n")
 
 
 @cache
 def public_names(name):
-    """`__all__` of a module."""
-    for node in module(name)[0].body:
+    """What a module defines for others: `__all__` or all without an underscore."""
+    body = module(name)[0].body
+    names = [thing for node in body for thing in defines(node)]
+    public = [thing for thing in names if not thing.startswith("_")]
+    for node in body:
         if isinstance(node, ast.Assign) and defines(node) == ["__all__"]:
-            return tuple(ast.literal_eval(node.value))
-    return ()
+            listed = [leaf.value for leaf in node.value.elts if hasattr(leaf, "value")]
+            public = [thing for thing in listed if thing in names]
+    return tuple(dict.fromkeys(public))
+
+
+@cache
+def entries(name):
+    """What the reference explains: public names, and methods as `Class.method`."""
+    found = list(public_names(name))
+    for node in module(name)[0].body:
+        if isinstance(node, ast.ClassDef) and node.name in found:
+            found += [f"{node.name}.{method.name}" for method, _ in methods(node)]
+    return tuple(found)
 
 
 @cache
 def modules():
-    """The modules that chapters write, as the chapters do, in their order."""
+    """The modules that chapters write, in the chapters' order, then those by hand."""
     found = [name for chapter in chapters() for name in chapter.modules]
+    package = ROOT / "sdbook"
+    paths = sorted(path for path in package.rglob("*.py") if path.stem[0] != "_")
+    found += [export_tool().name_of(path, package) for path in paths]
     return tuple(dict.fromkeys(found))
 
 
@@ -83,14 +112,21 @@ def defines(node):
 
 
 def defined_in(code, name):
-    """The public names of a module that a cell's code defines."""
-    found = [thing for node in ast.parse(code).body for thing in defines(node)]
-    return [thing for thing in dict.fromkeys(found) if thing in public_names(name)]
+    """What a cell's code gives to a module: its entries, or the class that goes on."""
+    found = []
+    for node in ast.parse(code).body:
+        goes_on = export_tool().class_of(node)
+        if goes_on:
+            method = f"{goes_on}.{node.name}"
+            found.append(method if method in entries(name) else goes_on)
+        else:
+            found += defines(node)
+    return [thing for thing in dict.fromkeys(found) if thing in entries(name)]
 
 
 @cache
 def birthplaces():
-    """{(module, name): the chapter's page}, where the last definition counts."""
+    """{(module, entry): the chapter's page}, where the last definition counts."""
     return {
         (name, thing): chapter.path.removesuffix(".ipynb")
         for chapter in chapters()
@@ -191,11 +227,11 @@ class Api(SphinxDirective):
     def run(self):
         name = self.arguments[0]
         if name not in modules():
-            raise self.error(f"no chapter writes sdbook/{name}.py")
-        self.env.note_dependency(str(ROOT / "sdbook" / f"{name}.py"))
+            raise self.error(f"there is no {file_of(name)}")
+        self.env.note_dependency(str(ROOT / file_of(name)))
         known = {n: node for node in module(name)[0].body for n in defines(node)}
         written_in = [c for c in chapters() if name in c.modules]
-        intro = nodes.paragraph("", "Written in ")
+        intro = nodes.paragraph("", "Written in " if written_in else "Written by hand")
         for number, chapter in enumerate(written_in):
             intro += nodes.Text(" and " if number else "")
             intro += self.to_chapter(chapter.path.removesuffix(".ipynb"))
@@ -224,14 +260,22 @@ class Api(SphinxDirective):
         if isinstance(node, ast.ClassDef):
             for method, is_property in methods(node):
                 text = f".{method.name}" if is_property else f".{signature(method)}"
+                method_entry = f"{thing}.{method.name}"
                 section += self.code(text)
+                section[-1]["ids"].append(entry(name, method_entry))
                 section += self.prose(ast.get_docstring(method), name)
-        home = birthplaces().get((name, thing))
-        if home:
-            line = nodes.paragraph("", "Built in ", classes=["built-in"])
-            line += self.to_chapter(home, built(name, thing))
-            section += line
+                section += self.built_in(name, method_entry)
+        section += self.built_in(name, thing)
         return section
+
+    def built_in(self, name, thing):
+        """The way to the cell that builds something, if a chapter does."""
+        home = birthplaces().get((name, thing))
+        if not home:
+            return []
+        line = nodes.paragraph("", "Built in ", classes=["built-in"])
+        line += self.to_chapter(home, built(name, thing))
+        return [line]
 
     def code(self, text):
         block = nodes.literal_block(text, text, language="python")
@@ -239,9 +283,10 @@ class Api(SphinxDirective):
         return block
 
     def to_chapter(self, docname, anchor=""):
-        number = int(docname.split("/")[1][:2])
+        number = docname.split("/")[1].split("_")[0]
+        kind = f"chapter {int(number)}" if number.isdigit() else f"appendix {number}"
         title = next(c.title for c in chapters() if c.path == f"{docname}.ipynb")
-        return self.link(docname, anchor, nodes.Text(f"chapter {number}, {title}"))
+        return self.link(docname, anchor, nodes.Text(f"{kind}, {title}"))
 
     def link(self, docname, anchor, content):
         uri = self.env.app.builder.get_relative_uri(self.env.docname, docname)
@@ -277,16 +322,15 @@ class Api(SphinxDirective):
             code = nodes.literal("", part)
             homes = [m for m in (name, *modules()) if part in public_names(m)]
             if homes:
-                page = f"pages/api/{homes[0]}"
-                code = self.link(page, entry(homes[0], part), code)
+                code = self.link(page_of(homes[0]), entry(homes[0], part), code)
             yield code
 
 
 def label(app, name, code):
     """The line above an exported cell, with a link into the reference."""
     things = defined_in(code, name)
-    text = nodes.literal("", f"sdbook/{name}.py")
-    page = f"pages/api/{name}"
+    text = nodes.literal("", file_of(name))
+    page = page_of(name)
     line = nodes.paragraph("", "saved to ", classes=["saved-to"])
     if page in app.env.found_docs:
         uri = app.builder.get_relative_uri(app.env.docname, page)

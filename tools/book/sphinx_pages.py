@@ -103,8 +103,9 @@ def add_head(app, pagename, templatename, context, doctree):
     ]
     context["metatags"] = context.get("metatags", "") + "\n".join(tags)
     if number is not None and "body" in context:
+        kind = "Appendix" if isinstance(number, str) else "Chapter"
         links = (
-            f'<p class="chapter-number">Chapter {number}</p>\n'
+            f'<p class="chapter-number">{kind} {number}</p>\n'
             f'<p class="open-in d-print-none"><a href="'
             f'{colab_address(app.config, pagename)}">Open in Colab</a></p>\n<h1>'
         )

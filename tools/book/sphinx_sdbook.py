@@ -14,17 +14,18 @@ around its text, sphinx_map.py the map on the front page.
 import re
 
 from docutils import nodes
-from sphinx_api import defined_in, label
+from sphinx_api import defined_in, file_of, label
 
 DIRECTIVE = re.compile(r"^#\|\s*(?P<name>export|default_exp)\b[ \t]*(?P<module>\S*)")
 NBVAL_MARKER = re.compile(r"^\s*#\s*(NBVAL_\w+|PYTEST_VALIDATE_\w+)\s*$")
-CHAPTER = re.compile(r"^chapters/(?P<number>\d\d)_")
+CHAPTER = re.compile(r"^chapters/(?P<number>\d\d|[A-Z])_")
 
 
 def chapter_number(docname):
-    """The number in a chapter's file name, or None for other pages."""
+    """The number in a chapter's file name, an appendix's letter, None elsewhere."""
     match = CHAPTER.match(docname)
-    return int(match["number"]) if match else None
+    number = match and match["number"]
+    return int(number) if number and number.isdigit() else number
 
 
 def tidy_cells(app, doctree):
@@ -55,7 +56,7 @@ def tidy_cells(app, doctree):
 def contents(module, code):
     """What a folded cell has inside: `: Log, Meter (in sdbook/training.py)`."""
     things = ", ".join(defined_in(code, module)) or "imports"
-    return f": {things} (in sdbook/{module}.py)"
+    return f": {things} (in {file_of(module)})"
 
 
 def _is(node, element):

@@ -1,0 +1,1 @@
+"""What a long run needs besides the idea: written by hand, taught in no chapter."""

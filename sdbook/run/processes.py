@@ -1,0 +1,59 @@
+"""The processes of a run: devices, ranks, and what they count and average together."""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .settings import RunConfig
+
+
+def make_accelerator(config: RunConfig):
+    """Accelerate's view of this process: device, precision, rank among others."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # an earlier run may have had another precision
+    threads = torch.get_num_threads()
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.log_with == "none" else config.log_with,
+        project_dir=config.output_dir,
+    )
+    torch.set_num_threads(threads)  # accelerate lowers them on some CPUs
+    return accelerator
+
+
+def is_main_process() -> bool:
+    """Is this the process that writes files? With one process, it is."""
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
+def pictures_per_step(config: RunConfig, processes: int) -> int:
+    """How many pictures one optimiser step sees, over all processes."""
+    return config.batch_size * config.gradient_accumulation_steps * processes
+
+
+def count_steps(config: RunConfig, size: int, processes: int) -> RunConfig:
+    """The config with `max_steps` that make `num_train_epochs` of `size` pictures."""
+    if config.num_train_epochs is None:
+        return config
+    shown = config.num_train_epochs * size
+    steps = math.ceil(shown / pictures_per_step(config, processes))
+    return replace(config, max_steps=steps, num_train_epochs=None)
+
+
+def mean_of_all(accelerator, measured: list[dict[str, Tensor]]) -> dict[str, float]:
+    """The mean of each number over the parts of a step and over the processes.
+
+    Of all but the loss, what is no number is left out.
+    """
+    names = list(measured[0])
+    rows = [[torch.as_tensor(m[n]).detach().float() for n in names] for m in measured]
+    table = torch.stack([torch.stack(row) for row in rows]).to(accelerator.device)
+    table = accelerator.gather(table).double()
+    means = dict(zip(names, table.nanmean(0).tolist(), strict=True))
+    return means | {"loss": table[:, 0].mean().item()}

@@ -1,0 +1,181 @@
+"""The settings of a training run: one frozen dataclass whose fields know their limits.
+
+Every field is a flag of the command line and a key of its YAML files.
+"""
+
+import importlib.util
+import operator
+from dataclasses import dataclass, field, fields
+
+import torch
+
+from ..images import CaptionedDataset, CaptionedImages, CaptionedShards
+from ..scenes import KINDS, Scenes
+
+LIMITS = {
+    "at_least": operator.ge,
+    "more_than": operator.gt,
+    "at_most": operator.le,
+    "below": operator.lt,
+}
+
+
+def setting(default, *, affects_steps: bool = True, choices: tuple = (), **limits):
+    """A field of a settings class, with what its value has to keep to.
+
+    `limits` are `at_least`, `more_than`, `at_most` and `below`, each with a number; of
+    a tuple, every value has to. A setting that does not affect what a step does is
+    not compared when a run goes on from a checkpoint.
+    """
+    if unknown := [name for name in limits if name not in LIMITS]:
+        raise TypeError(
+            f"setting() knows no {unknown[0]}; it knows {', '.join(LIMITS)}"
+        )
+    facts = {"affects_steps": affects_steps, "choices": choices, **limits}
+    return field(default=default, metadata=facts)
+
+
+def check_settings(config) -> None:
+    """Raise ValueError, with what to give instead, for a value beyond its limits."""
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if value is None and one.default is not None:
+            raise ValueError(
+                f"{one.name} has no value; give one, or leave it out for {one.default}"
+            )
+        choices = one.metadata.get("choices")
+        if choices and value not in (None, *choices):
+            raise ValueError(f"{one.name} {value!r} is none of {', '.join(choices)}")
+        values = value if isinstance(value, tuple | list) else [value]
+        for name, holds in LIMITS.items():
+            limit = one.metadata.get(name)
+            for number in values if limit is not None and value is not None else ():
+                if not holds(number, limit):
+                    words = name.replace("_", " ")
+                    raise ValueError(f"{one.name} is {value}; give {words} {limit}")
+
+
+def check_machine(config: "RunConfig") -> None:
+    """Raise ValueError for settings that this machine cannot follow."""
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("mixed_precision fp16 needs a GPU; use 'no' or 'bf16'")
+    package = config.log_with
+    if package != "none" and importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f"log_with {package} needs a package that is not installed; run "
+            f"`pip install {package}`, or set log_with to none"
+        )
+
+
+def check_multiple(name: str, widths, divisor_name: str, divisor: int) -> None:
+    """Raise ValueError unless every width is a multiple of the divisor."""
+    if any(width % divisor for width in widths):
+        raise ValueError(
+            f"{name} {widths} do not split into {divisor_name} {divisor}; make every "
+            "width a multiple of it"
+        )
+
+
+def check_side(image_size: int, factor: int, why: str = "the VAE") -> None:
+    """Raise ValueError unless pictures of this side can be halved often enough."""
+    if image_size % factor:
+        near = max(1, round(image_size / factor)) * factor
+        raise ValueError(
+            f"image_size is {image_size}, but {why} needs a multiple of {factor}; "
+            f"give {near}"
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every training run needs to know.
+
+    Attributes:
+        dataset_path: "scenes" for the book's own world, a folder of pictures, or
+            .tar shards, as in "pets/{0000..0099}.tar".
+        num_pictures: how many of the endless scenes to use.
+        kinds: kinds of scene to show (chapter 4's `KINDS`); none named: all; one that
+            is named twice is shown twice as often.
+        image_size: pictures are cut to squares of this side, in pixels.
+        crops: squares cut from each picture at random places; 0: one, the middle.
+        flip: show mirror images, too; wrong where captions say left and right.
+        on_error: "skip" pictures that cannot be used, with a warning, or "raise".
+        batch_size: pictures that a process takes at once.
+        gradient_accumulation_steps: batches whose gradients make one step; a step sees
+            batch_size pictures times this times the number of processes.
+        num_workers: processes that prepare data.
+        seed: of the weights, the data order and the noise.
+        max_steps: optimiser steps.
+        num_train_epochs: times that each picture is shown, in place of max_steps.
+        learning_rate: the highest.
+        lr_scheduler: what it does after the warm-up: "constant", "linear" or "cosine",
+            the last two down to 0 at the last step.
+        warmup_steps: steps until the highest learning rate.
+        weight_decay: AdamW's.
+        max_grad_norm: longer gradients are shortened to this.
+        ema_decay: how slowly the averaged weights follow; 0 keeps no average.
+        mixed_precision: "no", "fp16" or "bf16".
+        compile: let torch.compile speed the model up (a GPU's gain).
+        output_dir: where the model, checkpoints/ and the log (log.jsonl) go.
+        log_every: steps between two lines of the log.
+        log_with: "tensorboard" or "wandb" get the same numbers and pictures; "none".
+        validate_every: steps between two looks at held-out pictures; 0 for none.
+        sample_every: steps between two sheets of pictures; 0 for none.
+        checkpoint_every: steps between two checkpoints.
+        keep_checkpoints: how many of them stay, the newest.
+        resume: "auto" goes on from the newest whole checkpoint in output_dir, "none"
+            starts from zero and sets those aside, a path goes on from that file or run.
+        dry_run: say what would be done, and stop before the first step.
+    """
+
+    dataset_path: str = "scenes"
+    num_pictures: int = setting(20_000, at_least=1)
+    kinds: tuple[str, ...] = ()
+    image_size: int = setting(64, at_least=1)
+    crops: int = 0
+    flip: bool = False
+    on_error: str = "skip"
+    batch_size: int = setting(64, at_least=1)
+    gradient_accumulation_steps: int = setting(1, at_least=1)
+    num_workers: int = setting(0, at_least=0)
+    seed: int = 0
+
+    max_steps: int = setting(1000, at_least=1)
+    num_train_epochs: int | None = setting(None, at_least=1)
+    learning_rate: float = setting(1e-3, more_than=0)
+    lr_scheduler: str = setting("cosine", choices=("constant", "linear", "cosine"))
+    warmup_steps: int = setting(100, at_least=0)
+    weight_decay: float = setting(0.01, at_least=0)
+    max_grad_norm: float = setting(1.0, more_than=0)
+    ema_decay: float = setting(0.999, at_least=0, below=1)
+    mixed_precision: str = setting("no", choices=("no", "fp16", "bf16"))
+    compile: bool = setting(False, affects_steps=False)
+
+    output_dir: str = setting("runs/model", affects_steps=False)
+    log_every: int = setting(50, at_least=1, affects_steps=False)
+    log_with: str = setting(
+        "none", choices=("none", "tensorboard", "wandb"), affects_steps=False
+    )
+    validate_every: int = setting(500, at_least=0, affects_steps=False)
+    sample_every: int = setting(0, at_least=0, affects_steps=False)
+    checkpoint_every: int = setting(500, at_least=1, affects_steps=False)
+    keep_checkpoints: int = setting(2, at_least=1, affects_steps=False)
+    resume: str = setting("auto", affects_steps=False)
+    dry_run: bool = setting(False, affects_steps=False)
+
+    def __post_init__(self):
+        check_settings(self)
+        check_machine(self)
+
+
+def open_dataset(config: RunConfig, split: str = "train") -> CaptionedDataset:
+    """The scenes, or the pictures of a folder or of .tar shards (without splits)."""
+    if config.dataset_path == "scenes":
+        kinds = config.kinds or tuple(KINDS)
+        return Scenes(config.image_size, split, length=config.num_pictures, kinds=kinds)
+    shards = config.dataset_path.endswith(".tar")
+    reader = CaptionedShards if shards else CaptionedImages
+    return reader(
+        config.dataset_path, config.image_size, config.flip, config.on_error,
+        config.crops, config.seed,
+    )  # fmt: skip

@@ -1,0 +1,57 @@
+# ruff: noqa: F401
+"""Training: the loss, the loop and the cache, and with them UNet, VAE and CLIP.
+
+Written by hand; the modules are generated from chapters 05, 06 and 08. It hands on
+their names, and those of `sdbook.run` that a training of one's own needs.
+"""
+
+from ..images import short_name
+from ..run.checkpoints import (
+    SettingsRecord,
+    check_fits,
+    find_checkpoint,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
+from ..run.logs import Log, Meter
+from ..run.memory import keep_all, kept_bytes, memory_needed, recompute_blocks
+from ..run.plan import describe_plan, say_plan
+from ..run.processes import count_steps, is_main_process, make_accelerator
+from ..run.settings import RunConfig, check_side, open_dataset, setting
+from ..run.tables import Rows, fingerprint
+from .cache import Encoded, caption_ids
+from .clip import CLIPTrainingConfig, Twins, exchange, invent_twin, train_clip
+from .loop import (
+    EMA,
+    Run,
+    StepSampler,
+    as_it_is,
+    learning_rate_at,
+    optimise,
+    step_generator,
+    take_step,
+)
+from .loss import ALL, DiffusionLoss, lean_to_noise, min_snr_weights
+from .unet import (
+    PRESETS,
+    TrainingConfig,
+    Validation,
+    asked_sizes,
+    find_sizes,
+    new_unet,
+    start_white,
+    train,
+    unet_from_zero,
+    whitening,
+)
+from .vae import (
+    PerceptualDistance,
+    VAEGame,
+    VAETrainingConfig,
+    latent_spread,
+    new_vae,
+    reconstruction_psnr,
+    start_certain,
+    train_vae,
+)

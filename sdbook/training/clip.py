@@ -1,0 +1,259 @@
+"""Training
+
+Generated from chapters/08_training.ipynb; do not edit.
+"""
+
+import copy
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from ..clip import (
+    CLIP,
+    CLIPTextConfig,
+    CLIPTextModel,
+    Tokenizer,
+    contrastive_loss,
+)
+from ..files import save_weights
+from ..images import to_pixels
+from ..run.memory import memory_needed
+from ..run.plan import say_plan
+from ..run.processes import is_main_process, make_accelerator
+from ..run.settings import RunConfig, open_dataset, setting
+from ..scenes import (
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Request,
+    Scene,
+    Scenes,
+    arrange,
+    describe,
+    draw,
+    is_held_out,
+)
+from .cache import caption_ids, warn_about_long
+from .loop import optimise
+
+__all__ = [
+    "decided",
+    "exchange",
+    "say_alike",
+    "invent_twin",
+    "Twins",
+    "start_apart",
+    "CLIPTrainingConfig",
+    "new_text_encoder",
+    "Tokenize",
+    "train_clip",
+]
+
+
+def decided(scene: Scene) -> Request:
+    """All that a scene shows, whether its caption says it or not."""
+    groups = tuple(
+        replace(group, colour=thing.colour, size=thing.size)
+        for group, thing in zip(
+            scene.request.groups, (scene.things[0], scene.things[-1]), strict=False
+        )
+    )
+    return Request(groups, scene.request.relation, scene.background)
+
+
+def exchange(request: Request, rng: np.random.Generator) -> tuple[Request, str]:
+    """Change one point of a request; returns the new one and the point's name.
+
+    Two groups exchange their colours, sizes, counts or shapes, or one of them gets
+    another one. Three times out of four, a relation becomes any other one.
+    """
+
+    def another(options, than):
+        return rng.choice([option for option in options if option != than]).item()
+
+    options = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "count": (1, 2, 3)}
+    if request.relation and rng.random() < 0.75:
+        relation = another(RELATIONS, request.relation)
+        return replace(request, relation=relation), "relation"
+    point = rng.choice(list(options)).item()
+    values = [getattr(group, point) for group in request.groups]
+    if len(set(values)) == 2 and rng.random() < 0.5:
+        values.reverse()
+    else:
+        which = rng.integers(len(values))
+        values[which] = another(options[point], values[which])
+    groups = (replace(g, **{point: v}) for g, v in zip(request.groups, values))
+    return replace(request, groups=tuple(groups)), point
+
+
+def say_alike(request: Request, like: Request, point: str) -> Request:
+    """Leave out what `like` leaves out too, but say the point."""
+    groups = tuple(
+        replace(
+            group,
+            colour=group.colour if model.colour or point == "colour" else None,
+            size=group.size if model.size or point == "size" else None,
+        )
+        for group, model in zip(request.groups, like.groups, strict=True)
+    )
+    background = request.background if like.background else None
+    return Request(groups, request.relation, background)
+
+
+def invent_twin(scene: Scene, rng: np.random.Generator) -> tuple[Request, ...]:
+    """The twin, and what the captions of the scene and of its twin say.
+
+    A twin may be shown in training, has room in a picture, and is told apart by
+    its caption: "a star and a house" and "a house and a star" are no twins.
+    """
+    while True:
+        twin, point = exchange(decided(scene), rng)
+        said, other = (
+            say_alike(request, scene.request, point)
+            for request in (decided(scene), twin)
+        )
+        shapes = {group.shape for group in twin.groups}
+        room = sum(group.count for group in twin.groups) <= 3
+        apart = twin.relation or set(said.groups) != set(other.groups)
+        if room and apart and len(shapes) == len(twin.groups):
+            if not is_held_out(twin.groups):
+                return twin, said, other
+
+
+class Twins(Dataset):
+    """Each scene with a near twin: `((pixels, caption), (pixels, caption))`.
+
+    "a red star above a blue house" comes with "a blue star above a red house". A
+    reader of bags of words cannot tell them apart, so CLIP has to learn order. Both
+    captions say the point in which the two differ.
+    """
+
+    def __init__(self, scenes: Scenes):
+        self.scenes = scenes
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int):
+        scene = self.scenes.scene(index)
+        rng = np.random.default_rng((self.scenes.seed, 7, index))
+        twin, said, other = invent_twin(scene, rng)
+        pictures = (
+            draw(things, scene.background, self.scenes.side)
+            for things in (scene.things, arrange(twin, rng))
+        )
+        return tuple(
+            (to_pixels(picture), describe(request, rng))
+            for picture, request in zip(pictures, (said, other))
+        )
+
+
+def start_apart(clip: CLIP) -> None:
+    """Let words differ more, and their fit count less, than in CLIP's own start."""
+    embeddings = clip.text_encoder.embeddings
+    nn.init.normal_(embeddings.token_embedding.weight, std=0.3)
+    nn.init.constant_(clip.logit_scale, math.log(4))
+
+
+@dataclass(frozen=True)
+class CLIPTrainingConfig(RunConfig):
+    """Train a CLIP text model and its tokenizer from zero: `sdbook train-clip`.
+
+    Attributes:
+        vocab_size: tokens to learn from the captions, at most.
+        max_length: tokens per caption, start and end included.
+        hidden_size: width of the text embeddings.
+        num_hidden_layers: of the text model.
+        num_attention_heads: of the text model.
+        twins: give every scene a near twin, so that word order has to matter.
+    """
+
+    output_dir: str = setting("runs/clip", affects_steps=False)
+    batch_size: int = setting(96, at_least=1)
+    max_steps: int = setting(600, at_least=1)
+    weight_decay: float = setting(0.05, at_least=0)
+    warmup_steps: int = setting(50, at_least=0)
+    vocab_size: int = 800
+    max_length: int = 24
+    hidden_size: int = setting(128, at_least=1)
+    num_hidden_layers: int = 4
+    num_attention_heads: int = setting(4, at_least=1)
+    twins: bool = True
+
+
+def new_text_encoder(config: CLIPTrainingConfig, tokenizer) -> CLIPTextModel:
+    """A text model with random weights that fits a tokenizer."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=4 * config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            max_position_embeddings=config.max_length,
+            bos_token_id=tokenizer.start_id,
+            eos_token_id=tokenizer.end_id,
+            pad_token_id=tokenizer.end_id,
+        )
+    )
+
+
+class Tokenize:
+    """Collation for CLIP: pictures in one tensor, captions as rows of token ids."""
+
+    def __init__(self, tokenizer: Tokenizer, twins: bool):
+        self.tokenizer, self.twins = tokenizer, twins
+
+    def __call__(self, items):
+        pairs = [pair for item in items for pair in item] if self.twins else items
+        pixels, captions = zip(*pairs, strict=True)
+        return torch.stack(pixels), caption_ids(self.tokenizer, list(captions))
+
+
+def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel | None:
+    """Train text and picture towers to agree; save text model and tokenizer.
+
+    Says the plan first; with `dry_run` that is all. Writes `text_encoder`,
+    `tokenizer` and `clip.safetensors` (the rest) to `output_dir`. With
+    several processes, or parts of a batch, each compares its own pictures alone.
+    """
+    make_accelerator(config)
+    torch.manual_seed(config.seed)
+    dataset = open_dataset(config)
+    twins = config.twins and isinstance(dataset, Scenes)
+    texts = sorted(set(dataset.captions()))
+    tokenizer = Tokenizer.train(texts, config.vocab_size, config.max_length)
+    warn_about_long(tokenizer, texts)
+    text_encoder = new_text_encoder(config, tokenizer)
+    clip = CLIP(text_encoder, config.image_size, projection_dim=config.hidden_size)
+    start_apart(clip)
+    count = config.batch_size * (2 if twins else 1)
+    ids = torch.zeros(count, config.max_length, dtype=torch.int64, device="meta")
+    pixels = torch.empty(count, 3, config.image_size, config.image_size, device="meta")
+    empty = copy.deepcopy(clip).to("meta")
+    say_plan(config, dataset, empty, memory_needed(config, empty, ids, pixels))
+    if config.dry_run:
+        return None
+
+    def loss_of(module, batch, generator, rows):
+        pixels, ids = (part.to(generator.device) for part in batch)
+        same = (ids[:, None] == ids[None]).all(-1)
+        logits = module(ids, pixels)
+        right = same.gather(1, logits.argmax(1, keepdim=True)).float().mean()
+        return contrastive_loss(logits, same), {"accuracy": right}
+
+    data, collate = Twins(dataset) if twins else dataset, Tokenize(tokenizer, twins)
+    clip = optimise(config, clip, data, loss_of, collate=collate).eval()
+    if is_main_process():
+        clip.text_encoder.save_pretrained(Path(config.output_dir) / "text_encoder")
+        tokenizer.save_pretrained(Path(config.output_dir) / "tokenizer")
+        state = clip.state_dict().items()
+        rest = {key: t for key, t in state if not key.startswith("text_encoder.")}
+        save_weights(rest, Path(config.output_dir) / "clip.safetensors")
+    return clip.text_encoder

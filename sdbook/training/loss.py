@@ -1,0 +1,136 @@
+"""Training
+
+Generated from chapters/08_training.ipynb; do not edit.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..vae import DiagonalGaussian
+
+__all__ = [
+    "min_snr_weights",
+    "ALL",
+    "lean_to_noise",
+    "Corruption",
+    "DiffusionLoss",
+    "mean_where",
+]
+
+
+def min_snr_weights(
+    scheduler, gamma: int | float, power: float = 1.0
+) -> Float[Tensor, "timesteps"]:
+    """What an error at each timestep is worth (Hang et al., 2023); gamma 0: all 1.
+
+    It makes the weight of an error in x0 min(SNR, gamma), whatever is predicted; a
+    `power` below 1 evens these weights out, in favour of noisy timesteps.
+    """
+    snr = scheduler.snr(torch.arange(scheduler.num_train_timesteps))
+    ones = torch.ones_like(snr)
+    if not gamma:
+        return ones
+    error_in_x0 = {"epsilon": snr, "v_prediction": snr + 1, "sample": ones}
+    worth = snr.clamp(max=gamma) ** power
+    return worth / error_in_x0[scheduler.config.prediction_type]
+
+
+ALL = slice(0, None, 1)  # of a step that is not shared
+
+
+def lean_to_noise(place: Float[Tensor, "b"], share: float) -> Float[Tensor, "b"]:
+    """Move places in [0, 1) so that `share` of them go to the last quarter instead.
+
+    Those that were in it stay; the order stays, too.
+    """
+    early = 0.75 * (1 - share)  # what the first three quarters keep
+    slow = 0.75 * place / max(early, 1e-9)
+    fast = 0.75 + 0.25 * (place - early) / (1 - early)
+    return torch.where(place < early, slow, fast)
+
+
+class Corruption:
+    """All that chance decides in a step, drawn for the whole step at once.
+
+    `rows` is a slice of the step's pictures: a process or a part of a batch gets its
+    own, so that the number of processes and parts changes nothing.
+    """
+
+    def __init__(
+        self, scheduler, scale, caption_dropout=0.0, noisy_share=0.0
+    ):
+        self.scheduler, self.scale = scheduler, scale
+        self.caption_dropout, self.noisy_share = caption_dropout, noisy_share
+
+    def draw(
+        self, moments: Float[Tensor, "b c2 h w"], generator: torch.Generator,
+        rows: slice = ALL,
+    ):  # fmt: skip
+        """x0, noise, timesteps, whose caption is dropped.
+
+        The timesteps are spread evenly over the batch, one from each of its parts;
+        `noisy_share` of them are moved to the noisiest quarter.
+        """
+        device, count = generator.device, len(moments) * rows.step
+        posterior = DiagonalGaussian(moments)
+        c, h, w = posterior.mean.shape[1:]
+
+        def normal(*shape):
+            return torch.randn(count, *shape, generator=generator, device=device)
+
+        def uniform():
+            return torch.rand(count, generator=generator, device=device)
+
+        latents = posterior.mean + posterior.std * normal(c, h, w)[rows]
+        dropped = (uniform() < self.caption_dropout)[rows]
+        place = (torch.arange(count, device=device) + uniform()) / count
+        place = lean_to_noise(place, self.noisy_share)[rows]
+        last = self.scheduler.num_train_timesteps - 1
+        t = (place * (last + 1)).long().clamp(max=last)  # place can round up to 1
+        noise = normal(c, h, w)[rows]
+        return latents * self.scale, noise, t, dropped
+
+
+class DiffusionLoss(Corruption):
+    """Noise a latent, ask the UNet what was added, compare (Ho et al., 2020).
+
+    `scale` is the VAE's scaling factor and `empty` (n, d) the states of the empty
+    caption, which replace a share `caption_dropout` of the captions. Where `unet`
+    reads token ids (it has its text model inside), `empty` (n,) are those.
+    """
+
+    def __init__(
+        self, scheduler, scale, empty, caption_dropout=0.0, snr_gamma=0.0,
+        snr_power=1.0, noisy_share=0.0,
+    ):  # fmt: skip
+        super().__init__(scheduler, scale, caption_dropout, noisy_share)
+        weights = min_snr_weights(scheduler, snr_gamma, snr_power)
+        self.empty, self.weights = empty, weights.to(empty.device)
+
+    def errors(self, unet, x0, noise, t, context) -> Float[Tensor, "b"]:
+        """Mean squared error of the UNet's answer, for each latent."""
+        x = self.scheduler.add_noise(x0, noise, t)
+        answer = unet(x.contiguous(memory_format=torch.channels_last), t, context)
+        target = self.scheduler.target(x0, noise, t)
+        return (answer - target).square().mean((1, 2, 3))
+
+    def __call__(self, unet, batch, generator: torch.Generator, rows: slice = ALL):
+        """The loss of a batch (moments, states or ids), and numbers for the log."""
+        moments, texts = batch[0].to(generator.device).float(), batch[1].to(self.empty)
+        x0, noise, t, dropped = self.draw(moments, generator, rows)
+        dropped = dropped.view(-1, *[1] * self.empty.ndim)
+        context = torch.where(dropped, self.empty, texts)
+        error = self.errors(unet, x0, noise, t, context)
+        third = self.scheduler.num_train_timesteps // 3
+        numbers = {
+            "error": error.mean(),
+            "error_low_noise": mean_where(t < third, error),
+            "error_high_noise": mean_where(t >= len(self.weights) - third, error),
+        }
+        return (self.weights[t] * error).mean(), numbers
+
+
+def mean_where(chosen: Tensor, values: Tensor) -> Tensor:
+    """Mean of the chosen values; no number where there are none."""
+    return torch.where(chosen, values, 0.0).sum() / chosen.sum()
