@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 
 from .clip import CLIP, CLIPTextModel, Tokenizer
 from .files import read_weights, save_weights
+from .formats import model_folders
 from .images import labelled_grid, to_pixels
-from .pipeline import StableDiffusion, model_folders
+from .pipeline import StableDiffusion
 from .scenes import (
     BACKGROUNDS,
     COLOURS,

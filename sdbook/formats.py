@@ -3,14 +3,26 @@
 Generated from chapters/B_file_formats.ipynb; do not edit.
 """
 
+import importlib.resources
+import os
 import re
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from .files import WeightsError
+from .files import (
+    WeightsError,
+    download,
+    is_hub_id,
+    list_folder,
+    read_json,
+    read_weights,
+    write_json,
+)
+from .weights import family
 
 __all__ = [
     "UNET_RULES",
@@ -30,6 +42,15 @@ __all__ = [
     "bare_text_names",
     "text_half",
     "to_original",
+    "PARTS",
+    "write_index",
+    "check_index",
+    "model_folders",
+    "shipped_models",
+    "find_model",
+    "check_checkpoint",
+    "CLIP_TOKENIZER",
+    "find_tokenizer",
 ]
 
 
@@ -225,3 +246,124 @@ def to_original(model: nn.Module) -> dict[str, Tensor]:
             tensor = tensor[:, :, None, None]  # there, a 1 × 1 convolution
         original[name] = tensor
     return original
+
+
+PARTS = {
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "scheduler": ("diffusers", None),
+}
+
+
+def write_index(folder: Path, scheduler: str) -> None:
+    """Write a folder's model_index.json; `scheduler` is the name of its class."""
+    index = {part: list(names) for part, names in PARTS.items()}
+    index["scheduler"][1] = scheduler
+    unused = ("safety_checker", "feature_extractor", "image_encoder")
+    index |= {part: [None, None] for part in unused}
+    index |= {"_class_name": "StableDiffusionPipeline"}
+    index |= {"_diffusers_version": "0.42.1"}  # that this layout was tested with
+    index |= {"requires_safety_checker": False}
+    write_json(index, folder / "model_index.json")
+
+
+def check_index(folder: Path) -> None:
+    """Raise WeightsError for the folder of another kind of model."""
+    path = folder / "model_index.json"
+    index = read_json(path)
+    for part, (_, expected) in PARTS.items():
+        entry = index.get(part)
+        is_pair = isinstance(entry, list) and len(entry) == 2
+        found = entry[1] if is_pair else entry
+        known = (expected, f"{expected}Fast") if expected else (found,)
+        if not is_pair or not isinstance(found, str) or found not in known:
+            raise WeightsError(
+                f"{path} ({index.get('_class_name')}) has {part} = {found}, "
+                f"expected {expected or 'a scheduler'}; "
+                "give a Stable Diffusion 1.x model"
+            )
+
+
+def model_folders() -> list[Path]:
+    """Where shipped models may lie: $SDBOOK_MODELS, the package, the book's data/."""
+    package = Path(str(importlib.resources.files("sdbook")))
+    folders = [package / "models", package.parent / "data" / "models"]
+    if os.environ.get("SDBOOK_MODELS"):
+        folders.insert(0, Path(os.environ["SDBOOK_MODELS"]))
+    return folders
+
+
+def shipped_models() -> dict[str, Path]:
+    """The models that need no download, by name."""
+    found = {}
+    for folder in model_folders():
+        for index in sorted(folder.glob("*/model_index.json")):
+            found.setdefault(index.parent.name, index.parent)
+    return found
+
+
+def find_model(
+    name: str | os.PathLike, revision: str | None = None, variant: str | None = None,
+    weights: bool = True,
+) -> Path:
+    """Where a model is: a folder, a file, a shipped model's name, a Hugging Face id.
+
+    Raises FileNotFoundError, saying what there is, when it is none of them.
+    """
+    shipped, path = shipped_models(), Path(name)
+    known = f"shipped with the book: {', '.join(shipped) or 'none found'}"
+    if (path / "model_index.json").is_file() or path.is_file():
+        return path
+    if str(name) in shipped:
+        return shipped[str(name)]
+    if path.is_dir():
+        raise FileNotFoundError(
+            f"{path} has no model_index.json (it has: {list_folder(path)}); "
+            f"give the folder that save_pretrained wrote, or a name ({known})"
+        )
+    if not is_hub_id(name):
+        raise FileNotFoundError(
+            f"there is no model {str(name)!r}; give a folder, an id like "
+            f"owner/model, or a name ({known})"
+        )
+    return download(str(name), tuple(PARTS), revision, variant, weights)
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raise WeightsError unless a file has all three networks and nothing else."""
+    state_dict = read_weights(path)
+    prefixes = {name: naming[0][0] for name, naming in NAMINGS.items()}
+    problems = [
+        f"no {name} (its keys begin with {prefix})"
+        for name, prefix in prefixes.items()
+        if not any(key.startswith(prefix) for key in state_dict)
+    ]
+    known = tuple(prefixes.values())
+    unknown = [key for key in state_dict if not key.startswith(known)]
+    unknown = [key for key in unknown if not is_for_training(key)]
+    if unknown:
+        rest = ", …" * (len(unknown) > 20)
+        problems += [f"{len(unknown)} unexpected ({', '.join(unknown[:20])}{rest})"]
+    if problems:
+        raise WeightsError(
+            f"{path} is not one whole Stable Diffusion 1.x checkpoint: "
+            f"{'; '.join(problems)}. By its names {family(state_dict)}. Give a "
+            "checkpoint of SD 1.x, or a folder in the diffusers layout"
+        )
+
+
+CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # which all SD 1.x models share
+
+
+def find_tokenizer(source: str | os.PathLike | None) -> Path:
+    """The folder of a tokenizer: one itself, a model's, or a hub id (CLIP's)."""
+    path = Path(source or CLIP_TOKENIZER)
+    if is_hub_id(path):
+        try:
+            path = download(str(path), weights=False)
+        except FileNotFoundError as error:
+            why = "" if source else "a single file holds no tokenizer, and "
+            raise FileNotFoundError(f"{why}{error} as tokenizer=") from error
+    return path / "tokenizer" if (path / "tokenizer").is_dir() else path

@@ -3,7 +3,6 @@
 Generated from chapters/09_sampling.ipynb; do not edit.
 """
 
-import importlib.resources
 import math
 import os
 import random
@@ -21,16 +20,15 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .clip import CLIPTextConfig, CLIPTextModel, Tokenizer
-from .files import (
-    WeightsError,
-    download,
-    is_hub_id,
-    read_json,
-    read_weights,
-    save_weights,
-    write_json,
+from .files import read_json, save_weights
+from .formats import (
+    check_checkpoint,
+    check_index,
+    find_model,
+    find_tokenizer,
+    to_original,
+    write_index,
 )
-from .formats import NAMINGS, is_for_training, to_original
 from .schedulers import (
     DDIMScheduler,
     Scheduler,
@@ -41,7 +39,7 @@ from .schedulers import (
 )
 from .unet import UNet
 from .vae import AutoencoderKL
-from .weights import family, refuse_options
+from .weights import refuse_options
 
 __all__ = [
     "guide",
@@ -64,15 +62,6 @@ __all__ = [
     "picture_size",
     "prepare_pictures",
     "as_pixels",
-    "PARTS",
-    "write_index",
-    "check_index",
-    "model_folders",
-    "shipped_models",
-    "find_model",
-    "CLIP_TOKENIZER",
-    "find_tokenizer",
-    "check_checkpoint",
     "SD15_SCHEDULE",
     "load_scheduler",
 ]
@@ -307,7 +296,7 @@ class StableDiffusion:
             getattr(self, part).save_pretrained(folder / part, dtype)
         self.tokenizer.save_pretrained(folder / "tokenizer")
         self.scheduler.save_pretrained(folder / "scheduler")
-        write_index(folder, self.scheduler)
+        write_index(folder, type(self.scheduler).__name__)
 
     def save_original(
         self, path: str | os.PathLike, dtype: torch.dtype | None = None
@@ -614,128 +603,6 @@ def as_pixels(
             f"a picture or mask with values from {pixels.min():g} to "
             f"{pixels.max():g}; expected 0 to 1")
     return pixels
-
-
-PARTS = {
-    "vae": ("diffusers", "AutoencoderKL"),
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "tokenizer": ("transformers", "CLIPTokenizer"),
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "scheduler": ("diffusers", None),
-}
-
-
-def write_index(folder: Path, scheduler: Scheduler) -> None:
-    """Write model_index.json, which says what a folder's parts are."""
-    index = {part: list(names) for part, names in PARTS.items()}
-    index["scheduler"][1] = type(scheduler).__name__
-    unused = ("safety_checker", "feature_extractor", "image_encoder")
-    index |= {part: [None, None] for part in unused}
-    index |= {"_class_name": "StableDiffusionPipeline"}
-    index |= {"_diffusers_version": "0.42.1"}  # that this layout was tested with
-    index |= {"requires_safety_checker": False}
-    write_json(index, folder / "model_index.json")
-
-
-def check_index(folder: Path) -> None:
-    """Raise WeightsError for the folder of another kind of model."""
-    path = folder / "model_index.json"
-    index = read_json(path)
-    for part, (_, expected) in PARTS.items():
-        entry = index.get(part)
-        is_pair = isinstance(entry, list) and len(entry) == 2
-        found = entry[1] if is_pair else entry
-        known = (expected, f"{expected}Fast") if expected else (found,)
-        if not is_pair or not isinstance(found, str) or found not in known:
-            raise WeightsError(
-                f"{path} ({index.get('_class_name')}) has {part} = {found}, "
-                f"expected {expected or 'a scheduler'}; "
-                "give a Stable Diffusion 1.x model"
-            )
-
-
-def model_folders() -> list[Path]:
-    """Where shipped models may lie: $SDBOOK_MODELS, the package, the book's data/."""
-    package = Path(str(importlib.resources.files("sdbook")))
-    folders = [package / "models", package.parent / "data" / "models"]
-    if os.environ.get("SDBOOK_MODELS"):
-        folders.insert(0, Path(os.environ["SDBOOK_MODELS"]))
-    return folders
-
-
-def shipped_models() -> dict[str, Path]:
-    """The models that need no download, by name."""
-    found = {}
-    for folder in model_folders():
-        for index in sorted(folder.glob("*/model_index.json")):
-            found.setdefault(index.parent.name, index.parent)
-    return found
-
-
-def find_model(
-    name: str | os.PathLike, revision: str | None = None, variant: str | None = None,
-    weights: bool = True,
-) -> Path:
-    """Where a model is: a folder, a file, a shipped model's name, a Hugging Face id.
-
-    Raises FileNotFoundError, saying what there is, when it is none of them.
-    """
-    shipped, path = shipped_models(), Path(name)
-    known = f"shipped with the book: {', '.join(shipped) or 'none found'}"
-    if (path / "model_index.json").is_file() or path.is_file():
-        return path
-    if str(name) in shipped:
-        return shipped[str(name)]
-    if path.is_dir():
-        found = ", ".join(sorted(p.name for p in path.iterdir())[:12]) or "nothing"
-        raise FileNotFoundError(
-            f"{path} has no model_index.json (it has: {found}); give the folder that "
-            f"save_pretrained wrote, or a name ({known})"
-        )
-    if not is_hub_id(name):
-        raise FileNotFoundError(
-            f"there is no model {str(name)!r}; give a folder, an id like "
-            f"owner/model, or a name ({known})"
-        )
-    return download(str(name), tuple(PARTS), revision, variant, weights)
-
-
-CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # which all SD 1.x models share
-
-
-def find_tokenizer(source: str | os.PathLike | None) -> Path:
-    """The folder of a tokenizer: one itself, a model's, or a hub id (CLIP's)."""
-    path = Path(source or CLIP_TOKENIZER)
-    if is_hub_id(path):
-        try:
-            path = download(str(path), weights=False)
-        except FileNotFoundError as error:
-            why = "" if source else "a single file holds no tokenizer, and "
-            raise FileNotFoundError(f"{why}{error} as tokenizer=") from error
-    return path / "tokenizer" if (path / "tokenizer").is_dir() else path
-
-
-def check_checkpoint(path: Path) -> None:
-    """Raise WeightsError unless a file has all three networks and nothing else."""
-    state_dict = read_weights(path)
-    prefixes = {name: naming[0][0] for name, naming in NAMINGS.items()}
-    problems = [
-        f"no {name} (its keys begin with {prefix})"
-        for name, prefix in prefixes.items()
-        if not any(key.startswith(prefix) for key in state_dict)
-    ]
-    known = tuple(prefixes.values())
-    unknown = [key for key in state_dict if not key.startswith(known)]
-    unknown = [key for key in unknown if not is_for_training(key)]
-    if unknown:
-        rest = ", …" * (len(unknown) > 20)
-        problems += [f"{len(unknown)} unexpected ({', '.join(unknown[:20])}{rest})"]
-    if problems:
-        raise WeightsError(
-            f"{path} is not one whole Stable Diffusion 1.x checkpoint: "
-            f"{'; '.join(problems)}. By its names {family(state_dict)}. Give a "
-            "checkpoint of SD 1.x, or a folder in the diffusers layout"
-        )
 
 
 SD15_SCHEDULE = dict(

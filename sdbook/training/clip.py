@@ -1,6 +1,6 @@
-"""Training
+"""The text encoder
 
-Generated from chapters/08_training.ipynb; do not edit.
+Generated from chapters/06_clip.ipynb; do not edit.
 """
 
 import copy
@@ -226,7 +226,7 @@ def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel | None:
     make_accelerator(config)
     torch.manual_seed(config.seed)
     dataset = open_dataset(config)
-    twins = config.twins and isinstance(dataset, Scenes)
+    twins = config.twins and hasattr(dataset, "scene")  # only a world has them
     texts = sorted(set(dataset.captions()))
     tokenizer = Tokenizer.train(texts, config.vocab_size, config.max_length)
     warn_about_long(tokenizer, texts)

@@ -15,13 +15,8 @@ from torch.utils.data import Dataset, Subset
 
 from ..attention import TransformerBlock
 from ..clip import CLIPTextModel, Tokenizer
-from ..pipeline import (
-    StableDiffusion,
-    check_tokenizer,
-    find_model,
-    find_tokenizer,
-    load_scheduler,
-)
+from ..formats import find_model, find_tokenizer
+from ..pipeline import StableDiffusion, check_tokenizer, load_scheduler
 from ..run.checkpoints import check_fits, find_checkpoint
 from ..run.memory import memory_needed
 from ..run.plan import say_plan

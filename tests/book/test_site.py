@@ -328,6 +328,18 @@ def test_every_cell_has_an_id_of_its_own():
         )
 
 
+def test_chapters_are_measured(tmp_path, capsys):
+    measure, result = load_tool("measure_pages"), tmp_path / "pages.json"
+    assert measure.main(["--json", str(result)]) == 0
+    rows = json.loads(result.read_text())
+    assert list(rows) == [path.stem for path in CHAPTERS]
+    assert "01_attention" in capsys.readouterr().out
+    row = rows["01_attention"]
+    assert row["words"] > 1000 and row["cells"] > row["exports"] > 5
+    with pytest.raises(SystemExit):
+        measure.main(["--pages", "--root", str(tmp_path / "unbuilt")])
+
+
 def test_contributing_names_what_exists():
     text = read("CONTRIBUTING.md")
     for path in re.findall(r"\]\((?!https?:)([^)#]+)", text):

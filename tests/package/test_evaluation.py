@@ -725,7 +725,7 @@ def shipped_clip():
 
 
 def test_the_shipped_clip_is_small_and_tells_scenes_apart(shipped_clip):
-    from sdbook.pipeline import model_folders
+    from sdbook.formats import model_folders
 
     folder = model_folders()[-1] / "clip"
     files = [file for file in folder.rglob("*") if file.is_file()]

@@ -15,13 +15,8 @@ from helpers import WORDS, relative_error, small_pipeline
 from PIL import Image
 
 from sdbook.clip import Tokenizer
-from sdbook.pipeline import (
-    StableDiffusion,
-    find_model,
-    guide,
-    prepare_prompts,
-    shipped_models,
-)
+from sdbook.formats import find_model, shipped_models
+from sdbook.pipeline import StableDiffusion, guide, prepare_prompts
 from sdbook.schedulers import DDIMScheduler, DDPMScheduler
 from sdbook.unet import UNet, UNetConfig
 

@@ -416,11 +416,13 @@ def add_method(
 
 def inside_strings(cell: Cell, node: ast.FunctionDef) -> set[int]:
     """The rows that begin inside a string, which an indent would change."""
-    kinds = (tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", None))
-    rows = set()
+    rows, starts = set(), []
     for token in tokenize.generate_tokens(StringIO("\n".join(cell.lines)).readline):
-        if token.type in kinds:
-            rows |= set(range(token.start[0], token.end[0]))
+        kind = tokenize.tok_name[token.type]
+        if kind in ("STRING", "FSTRING_START"):  # before Python 3.12, all are STRING
+            starts.append(token.start[0])
+        if kind in ("STRING", "FSTRING_END"):
+            rows |= set(range(starts.pop(), token.end[0]))
     if is_docstring(node.body[0]):
         rows -= set(range(node.body[0].lineno, node.body[0].end_lineno))
     return rows

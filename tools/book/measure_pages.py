@@ -92,6 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="where to keep the numbers")
     options = parser.parse_args(arguments)
     paths = sorted((options.root / "chapters").glob("*.ipynb"))
+    if not paths:
+        parser.error(f"no chapters in {options.root}")
     rows = {path.stem: count(path) for path in paths}
     if options.pages:
         folder = options.root / "_build" / "html" / "chapters"

@@ -54,7 +54,7 @@ def tidy_cells(app, doctree):
 
 
 def contents(module, code):
-    """What a folded cell has inside: `: Log, Meter (in sdbook/training.py)`."""
+    """What a folded cell has inside: `: EMA, Run (in sdbook/training/loop.py)`."""
     things = ", ".join(defined_in(code, module)) or "imports"
     return f": {things} (in {file_of(module)})"
 
