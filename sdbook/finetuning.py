@@ -20,22 +20,14 @@ from .clip import CLIPTextModel, Tokenizer
 from .files import WeightsError, read_weights, write_atomically
 from .images import CaptionedImages
 from .pipeline import StableDiffusion
-from .training import (
-    DiffusionLoss,
-    Encoded,
-    RunConfig,
-    as_it_is,
-    caption_ids,
-    check_fits,
-    check_side,
-    count_steps,
-    find_checkpoint,
-    is_main_process,
-    memory_needed,
-    open_dataset,
-    optimise,
-    say_plan,
-)
+from .run.checkpoints import check_fits, find_checkpoint
+from .run.memory import memory_needed
+from .run.plan import say_plan
+from .run.processes import count_steps, is_main_process
+from .run.settings import RunConfig, check_side, open_dataset, setting
+from .training.cache import Encoded, caption_ids
+from .training.loop import as_it_is, optimise
+from .training.loss import DiffusionLoss
 from .unet import UNet
 from .weights import build_empty
 
@@ -388,17 +380,8 @@ class FinetuningConfig(RunConfig):
     weight_decay: float = 0.0
     ema_decay: float = 0.0
     pretrained: str = "scenes"
-    caption_dropout: float = 0.1
-    snr_gamma: float = 5.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(
-                f"caption_dropout is {self.caption_dropout}; give a share from 0 to 1"
-            )
-        if self.snr_gamma < 0:
-            raise ValueError(f"snr_gamma is {self.snr_gamma}; give 0 (none) or more")
+    caption_dropout: float = setting(0.1, at_least=0, at_most=1)
+    snr_gamma: float = setting(5.0, at_least=0)
 
 
 def open_model(config: FinetuningConfig) -> StableDiffusion:
@@ -505,24 +488,13 @@ class LoRATrainingConfig(FinetuningConfig):
     """
 
     output_dir: str = "runs/lora"
-    rank: int = 4
+    rank: int = setting(4, at_least=0)
     alpha: float | None = None
-    layers: str = "attention"
+    layers: str = setting("attention", choices=("attention", "all"))
     train_text_encoder: bool = False
     class_prompts: tuple[str, ...] = ()
-    num_class_pictures: int = 100
-    prior_weight: float = 1.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        lora_layers(nn.Module(), self.layers)  # refuses what is no choice
-        for name in ("rank", "prior_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
-        if self.num_class_pictures < 1:
-            raise ValueError(
-                f"num_class_pictures is {self.num_class_pictures}; give at least 1"
-            )
+    num_class_pictures: int = setting(100, at_least=1)
+    prior_weight: float = setting(1.0, at_least=0)
 
 
 def draw_class(config: LoRATrainingConfig, pipe: StableDiffusion) -> CaptionedImages:

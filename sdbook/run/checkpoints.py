@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..files import write_atomically
-from .settings import RunConfig
+from .settings import RunConfig, facts_of
 
 
 def save_checkpoint(folder: Path, step: int, parts: dict, keep: int = 1) -> Path:
@@ -155,7 +155,7 @@ class SettingsRecord:
         without = {
             one.name
             for one in fields(config)
-            if not one.metadata.get("affects_steps", True)
+            if not facts_of(type(config), one.name).get("affects_steps", True)
         }
         if config.lr_scheduler == "constant":
             without.add("max_steps")

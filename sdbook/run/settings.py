@@ -5,6 +5,7 @@ Every field is a flag of the command line and a key of its YAML files.
 
 import importlib.util
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -35,6 +36,18 @@ def setting(default, *, affects_steps: bool = True, choices: tuple = (), **limit
     return field(default=default, metadata=facts)
 
 
+def facts_of(config_class: type, name: str) -> Mapping:
+    """What `setting` says of a field: the class that names it, or else its bases.
+
+    So a subclass may give a field another default and nothing more.
+    """
+    for base in config_class.__mro__:
+        own = vars(base).get("__dataclass_fields__", {}).get(name)
+        if own is not None and own.metadata:
+            return own.metadata
+    return {}
+
+
 def check_settings(config) -> None:
     """Raise ValueError, with what to give instead, for a value beyond its limits."""
     for one in fields(config):
@@ -43,12 +56,13 @@ def check_settings(config) -> None:
             raise ValueError(
                 f"{one.name} has no value; give one, or leave it out for {one.default}"
             )
-        choices = one.metadata.get("choices")
+        facts = facts_of(type(config), one.name)
+        choices = facts.get("choices")
         if choices and value not in (None, *choices):
             raise ValueError(f"{one.name} {value!r} is none of {', '.join(choices)}")
         values = value if isinstance(value, tuple | list) else [value]
         for name, holds in LIMITS.items():
-            limit = one.metadata.get(name)
+            limit = facts.get(name)
             for number in values if limit is not None and value is not None else ():
                 if not holds(number, limit):
                     words = name.replace("_", " ")

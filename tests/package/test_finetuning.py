@@ -648,3 +648,11 @@ def test_the_worked_example_runs(tmp_path):
     shipped = StableDiffusion.from_pretrained(ROOT / "data/models/scenes")
     (lora,) = load_lora(shipped, tmp_path / "out/teal.safetensors")
     assert len(lora.pairs) == len(lora_layers(shipped.unet))
+
+
+@pytest.mark.parametrize("kind", [LoRATrainingConfig, WordTrainingConfig])
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"warmup_steps": -1}])
+def test_another_default_keeps_the_limits_of_the_base_class(kind, options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} is .*; give at least"):
+        kind(**options)

@@ -393,7 +393,7 @@ def test_changing_the_scheduler_keeps_the_model_s_options():
 )
 def test_broken_file_is_named(tmp_path, content):
     (tmp_path / "scheduler_config.json").write_text(content)
-    with pytest.raises(ValueError, match="scheduler_config.json is not a JSON object"):
+    with pytest.raises(ValueError, match="scheduler_config.json .*JSON"):
         Scheduler.from_pretrained(tmp_path)
 
 
