@@ -158,7 +158,7 @@ def sample(
     further |= {"lora_path": lora_path, "lora_scale": lora_scale if lora_path else None}
     facts |= {name: value for name, value in further.items() if value is not None}
     if grid:
-        from sdbook.evaluation import labelled_grid
+        from sdbook.images import labelled_grid
 
         facts |= {"prompt": prompts, "seed": seed, "num_images": num_images}
         write_png(labelled_grid(images, texts), path, facts | {"grid": True})
@@ -250,6 +250,7 @@ def evaluate(
         dtype: float32, float16 or bfloat16.
     """
     from sdbook import evaluation
+    from sdbook.run import reports
 
     drawing = {
         "seed": seed,
@@ -262,18 +263,15 @@ def evaluate(
                 "geneval_prompts only draws, and GenEval's own tool scores; leave out "
                 "compare_with and inception_path"
             )
-        listed = evaluation.read_geneval(geneval_prompts)
+        listed = reports.read_geneval(geneval_prompts)
         pipe = load(checkpoint_path, device, dtype)
-        evaluation.write_geneval(pipe, listed, output_dir, **drawing)
+        reports.write_geneval(pipe, listed, output_dir, **drawing)
         print(f"wrote {output_dir}")
         return
-    other = evaluation.read_report(compare_with) if compare_with else None
+    other = reports.read_report(compare_with) if compare_with else None
     Path(output_dir).mkdir(parents=True, exist_ok=True)  # or fail before the work
     clip = evaluation.open_clip(clip_path)
-    if inception_path:
-        network = evaluation.open_inception(inception_path).to(pick_device(device))
-    else:
-        network = evaluation.open_clip("clip").clip.image_encoder
+    network = evaluation.open_features(inception_path).to(pick_device(device))
     pipe = load(checkpoint_path, device, dtype)
     settings = {"num_prompts": num_prompts, **drawing}
     records = evaluation.evaluate(pipe, **settings)

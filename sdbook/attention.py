@@ -42,13 +42,7 @@ def fused_attention(
     value: Float[Tensor, "b heads m v"],
     mask: Bool[Tensor, "*masked n m"] | None = None,
 ) -> Float[Tensor, "b heads n v"]:
-    """`attention` through PyTorch's fused kernel, which never stores the scores.
-
-    The kernel's backward pass is slow on a CPU, so training there takes the
-    written-out form.
-    """
-    if query.requires_grad and query.device.type == "cpu":
-        return attention(query, key, value, mask)
+    """`attention` through PyTorch's fused kernel, which never stores the scores."""
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 

@@ -253,7 +253,8 @@ class CLIPTextConfig(Config):
         "transformers_version",
     )
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raise ValueError for heads that do not fit, and an unknown bend."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} does not split into "

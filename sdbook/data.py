@@ -4,13 +4,18 @@
 
 from .images import (
     IMAGE_SUFFIXES,
+    KEY_LENGTH,
     CaptionedDataset,
     CaptionedImages,
     CaptionedShards,
     Cut,
+    Stream,
     find_captions,
     labelled_grid,
+    my_share,
     read_picture,
+    remembered,
+    short_name,
     to_pixels,
     to_rgb,
 )
@@ -42,9 +47,11 @@ from .scenes import (
     draw_thing,
     invent,
     is_held_out,
+    paint,
     plural,
     read_caption,
     say,
+    shades,
     stands,
     write_folder,
 )

@@ -1,10 +1,10 @@
 """Does the picture show what the prompt says?
 
-Generated from chapters/11_evaluation.ipynb; do not edit.
+Generated from chapters/11_evaluation.ipynb, chapters/D_usual_measures.ipynb; do not
+edit.
 """
 
 import functools
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -15,14 +15,17 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int64, UInt8
 from scipy import ndimage
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .clip import CLIP, CLIPTextModel, Tokenizer
-from .files import read_weights, save_weights
-from .formats import model_folders
-from .images import labelled_grid, to_pixels
 from .pipeline import StableDiffusion
+from .run.networks import (
+    BookCLIP,
+    TransformersCLIP,
+    extract_features,
+    open_clip,
+    open_inception,
+)
+from .run.reports import markdown_table, write_report
 from .scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -59,31 +62,20 @@ __all__ = [
     "prompts",
     "evaluate",
     "scores",
-    "markdown_table",
-    "measures_table",
     "save_report",
     "sign_test",
-    "read_report",
     "compare",
-    "extract_features",
-    "OurCLIP",
-    "TheirCLIP",
-    "open_clip",
-    "clip_score",
     "matrix_sqrt",
     "check_features",
     "frechet_distance",
     "cubic_kernel",
     "kernel_distance",
-    "Inception",
-    "pool_as_in_2015",
-    "open_inception",
-    "imagine",
-    "measure",
+    "clip_score",
     "mean_distance",
     "nearest",
-    "read_geneval",
-    "write_geneval",
+    "imagine",
+    "measure",
+    "open_features",
 ]
 
 
@@ -177,13 +169,8 @@ class Judge:
     thing's area, from 0 to 1, is more than `tolerance`.
     """
 
-    def __init__(
-        self,
-        tolerance: int | float = 0.15,
-        contrast: int | float = 36,
-        smallest: int = 12,
-    ):
-        self.tolerance, self.contrast, self.smallest = tolerance, contrast, smallest
+    def __init__(self, tolerance: int | float = 0.15):
+        self.tolerance = tolerance
 
     def read(self, picture: UInt8[np.ndarray, "h w 3"]) -> Verdict:
         """Say which things stand where in a picture, and on which background."""
@@ -191,7 +178,7 @@ class Judge:
             shape = "×".join(map(str, picture.shape))
             raise ValueError(f"a picture of {shape}; the judge reads {SIDE}×{SIDE}×3")
         background = find_background(picture)
-        blobs = find_blobs(picture, background, self.contrast, self.smallest)
+        blobs = find_blobs(picture, background)
         things = [self.name_blob(picture, background, blob) for blob in blobs]
         known = tuple(thing for thing in things if thing)
         return Verdict(known, background, len(things) - len(known))
@@ -307,12 +294,14 @@ def evaluate(
     """
     if num_prompts < 1:
         raise ValueError(f"num_prompts is {num_prompts}; give at least 1")
-    sides = [cells * pipe.vae.config.downscale for cells in pipe.latent_shape()[2:]]
-    if sides != [SIDE, SIDE]:
+    side = pipe.latent_shape()[2] * pipe.vae.config.downscale
+    if side != SIDE:
         raise ValueError(
-            f"this model draws pictures of {sides[0]}×{sides[1]}, and the judge reads "
+            f"this model draws pictures of {side}×{side}, and the judge reads "
             f"{SIDE}×{SIDE}; let GenEval's own tool score it (geneval_prompts)"
         )
+    drawing = {"num_inference_steps": num_inference_steps}
+    drawing |= {"guidance_scale": guidance_scale}
     judge, records = Judge(), {}
     texts = {kind: prompts(kind, num_prompts, seed) for kind in kinds}
     bar = tqdm(total=num_prompts * len(texts), unit="picture")
@@ -320,13 +309,8 @@ def evaluate(
         records[kind] = []
         for start in range(0, num_prompts, batch_size):
             batch = texts[kind][start : start + batch_size]
-            images = pipe(
-                batch,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                seed=seed + start,
-                progress=False,
-            ).images
+            options = {"seed": seed + start, "progress": False, **drawing}
+            images = pipe(batch, **options).images
             for text, image in zip(batch, images, strict=True):
                 verdict = judge.read(np.asarray(image))
                 right = satisfies(verdict, read_caption(text))
@@ -343,35 +327,10 @@ def scores(records: dict[str, list[dict]]) -> dict[str, dict[str, int | float]]:
     for kind, rows in records.items():
         right = sum(row["right"] for row in rows)
         low, high = wilson(right, len(rows))
-        table[kind] = {
-            "right": right,
-            "total": len(rows),
-            "share": round(right / len(rows), 4),
-            "low": round(low, 4),
-            "high": round(high, 4),
-        }
+        share = {"share": right / len(rows), "low": low, "high": high}
+        share = {name: round(value, 4) for name, value in share.items()}
+        table[kind] = {"right": right, "total": len(rows), **share}
     return table
-
-
-def markdown_table(table: dict[str, dict[str, int | float]]) -> str:
-    """The scores as a Markdown table."""
-    lines = ["| kind of prompt | right | of | share | 95 % interval |"]
-    lines += ["|---|---:|---:|---:|---|"]
-    for kind, row in table.items():
-        lines.append(
-            f"| {kind.replace('_', ' ')} | {row['right']} | {row['total']} "
-            f"| {row['share']:.1%} | {row['low']:.1%} to {row['high']:.1%} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def measures_table(measures: dict[str, dict[str, float]]) -> str:
-    """What `measure` returns as a Markdown table; an empty text for nothing."""
-    lines = ["", "| measure | pictures of the model | real pictures |"]
-    lines += ["|---|---:|---:|"]
-    for name, row in measures.items():
-        lines.append(f"| {name} | {row['model']:.4g} | {row['real']:.4g} |")
-    return "\n".join(lines) + "\n" if measures else ""
 
 
 def save_report(
@@ -381,24 +340,7 @@ def save_report(
     **facts,
 ) -> None:
     """Write scores.json (with `facts`), scores.md, and pictures of right and wrong."""
-    folder, table, measures = Path(folder), scores(records), measures or {}
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = {
-        kind: [{k: v for k, v in row.items() if k != "image"} for row in kind_rows]
-        for kind, kind_rows in records.items()
-    }
-    report = {"facts": facts, "scores": table, "measures": measures, "records": rows}
-    text = json.dumps(report, indent=1, ensure_ascii=False)
-    (folder / "scores.json").write_text(text + "\n", encoding="utf-8")
-    text = markdown_table(table) + measures_table(measures)
-    (folder / "scores.md").write_text(text, encoding="utf-8")
-    by_turns = [row for turn in zip(*records.values(), strict=False) for row in turn]
-    for name, wanted in (("right", True), ("wrong", False)):
-        chosen = [row for row in by_turns if row["right"] is wanted][:24]
-        if chosen:
-            labels = [f"{row['prompt']}; seen: {row['seen']}" for row in chosen]
-            sheet = labelled_grid([row["image"] for row in chosen], labels, 6)
-            sheet.save(folder / f"{name}.png")
+    write_report(folder, records, scores(records), measures or {}, facts)
 
 
 def sign_test(first: Iterable[bool], second: Iterable[bool]) -> float:
@@ -414,163 +356,28 @@ def sign_test(first: Iterable[bool], second: Iterable[bool]) -> float:
     return min(1.0, 2 * tail)
 
 
-def read_report(folder: str | Path) -> dict:
-    """What `save_report` wrote to a folder; ValueError where that cannot be read."""
-    path = Path(folder) / "scores.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no {path}; give a folder that `sdbook evaluate` wrote"
-        )
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        report["records"].items()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is no report of `sdbook evaluate` ({error}); "
-            "evaluate that model again"
-        ) from error
-    return report
-
-
 def compare(records: dict[str, list[dict]], others: dict[str, list[dict]]) -> str:
     """A Markdown table of two runs over the same prompts; ValueError for others.
 
     For each kind: how many each has right, how many only one of them has right, and
     P, how probable so uneven a split would be if both were equally good.
     """
-    heads = "kind of prompt | this run | the other | only this | only the other | P"
-    lines = [f"| {heads} |", "|---|---:|---:|---:|---:|---:|"]
-    for kind, rows in records.items():
-        pairs = list(zip(rows, others.get(kind, []), strict=False))
-        alike = [one["prompt"] == other["prompt"] for one, other in pairs]
-        if len(pairs) < max(len(rows), len(others.get(kind, []))) or not all(alike):
+    rows = []
+    for kind in records:
+        ours, theirs = records[kind], others.get(kind, [])
+        if [row["prompt"] for row in ours] != [row["prompt"] for row in theirs]:
             raise ValueError(
                 f"the two runs drew different prompts of kind {kind!r}; "
                 "give both the same num_prompts and seed"
             )
-        ours, theirs = ([row["right"] for row in side] for side in zip(*pairs))
-        won = sum(a and not b for a, b in zip(ours, theirs))
-        lost = sum(b and not a for a, b in zip(ours, theirs))
-        lines.append(
-            f"| {kind.replace('_', ' ')} | {sum(ours)} | {sum(theirs)} "
-            f"| {won} | {lost} | {sign_test(ours, theirs):.3f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-@torch.no_grad()
-def extract_features(
-    network: nn.Module, pictures: list, batch_size: int = 50
-) -> Float64[Tensor, "n d"]:
-    """What a network makes of pictures (PIL images, or arrays of bytes) of one size.
-
-    `network` takes pixels (b, 3, h, w) in [-1, 1] and gives (b, d).
-    """
-    device = next(network.parameters()).device
-    rows = []
-    for start in range(0, len(pictures), batch_size):
-        batch = [to_pixels(np.asarray(p)) for p in pictures[start : start + batch_size]]
-        rows.append(network(torch.stack(batch).to(device)).double().cpu())
-    return torch.cat(rows)
-
-
-class OurCLIP:
-    """Chapter 6's CLIP with its tokenizer: vectors of length 1, (n, p)."""
-
-    def __init__(self, clip: CLIP, tokenizer: Tokenizer):
-        self.clip, self.tokenizer = clip.eval(), tokenizer
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "OurCLIP":
-        """Open what `save_pretrained` wrote, or the output of `sdbook train-clip`."""
-        folder = Path(folder)
-        text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
-        state = read_weights(folder / "clip.safetensors")
-        state |= {f"text_encoder.{k}": t for k, t in text_encoder.state_dict().items()}
-        width = len(state["image_encoder.final_layer_norm.weight"])
-        cells = state["image_encoder.row.weight"].shape[1] // (width // 4)
-        size, wide = 8 * math.isqrt(cells), len(state["text_projection.weight"])
-        clip = CLIP(text_encoder, size, width, projection_dim=wide)
-        clip.load_state_dict(state)
-        return cls(clip, Tokenizer.from_pretrained(folder / "tokenizer"))
-
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None):
-        """Write text model and tokenizer, and clip.safetensors with all the rest."""
-        folder, text_encoder = Path(folder), self.clip.text_encoder
-        text_encoder.save_pretrained(folder / "text_encoder", dtype)
-        self.tokenizer.save_pretrained(folder / "tokenizer")
-        state = self.clip.state_dict().items()
-        rest = {k: t for k, t in state if not k.startswith("text_encoder.")}
-        rest = {key: tensor.to(dtype or tensor.dtype) for key, tensor in rest.items()}
-        save_weights(rest, folder / "clip.safetensors")
-
-    @torch.no_grad()
-    def texts(self, texts: list[str]) -> Float[Tensor, "n p"]:
-        """Vectors of sentences."""
-        return self.clip.encode_text(self.tokenizer(texts))
-
-    @torch.no_grad()
-    def pictures(self, pictures: list) -> Float[Tensor, "n p"]:
-        """Vectors of pictures of the size that the picture tower was trained on."""
-        seen = extract_features(self.clip.image_encoder, pictures).float()
-        return F.normalize(self.clip.visual_projection(seen), dim=-1)
-
-
-class TheirCLIP:
-    """A folder that holds transformers' `CLIPModel` and `CLIPProcessor`."""
-
-    def __init__(self, folder: str | Path):
-        from transformers import CLIPModel, CLIPProcessor
-
-        self.model = CLIPModel.from_pretrained(str(folder)).eval()
-        self.processor = CLIPProcessor.from_pretrained(str(folder))
-
-    @torch.no_grad()
-    def texts(self, texts: list[str]) -> Float[Tensor, "n p"]:
-        """Vectors of sentences."""
-        options = {"padding": True, "truncation": True, "return_tensors": "pt"}
-        said = self.model.text_model(**self.processor(text=texts, **options))
-        return F.normalize(self.model.text_projection(said.pooler_output), dim=-1)
-
-    @torch.no_grad()
-    def pictures(self, pictures: list, batch_size: int = 50) -> Float[Tensor, "n p"]:
-        """Vectors of pictures of any size."""
-        rows = []
-        for start in range(0, len(pictures), batch_size):
-            batch = [np.asarray(p) for p in pictures[start : start + batch_size]]
-            pixels = self.processor(images=batch, return_tensors="pt")
-            rows.append(self.model.vision_model(**pixels).pooler_output)
-        return F.normalize(self.model.visual_projection(torch.cat(rows)), dim=-1)
-
-
-def open_clip(name: str | Path = "clip") -> OurCLIP | TheirCLIP:
-    """A CLIP: the shipped one, a folder of `sdbook train-clip`, or one of transformers.
-
-    Raises FileNotFoundError, naming the three, for anything else.
-    """
-    for folder in (Path(name), *(folder / name for folder in model_folders())):
-        if (folder / "clip.safetensors").is_file():
-            return OurCLIP.from_pretrained(folder)
-        if (folder / "preprocessor_config.json").is_file() or (
-            folder / "processor_config.json"
-        ).is_file():
-            return TheirCLIP(folder)
-    raise FileNotFoundError(
-        f"there is no CLIP {str(name)!r}; give `clip` (it ships with the book), a "
-        "folder that `sdbook train-clip` wrote, or one with transformers' CLIPModel "
-        "and CLIPProcessor"
-    )
-
-
-def clip_score(
-    clip: OurCLIP | TheirCLIP, pictures: list, texts: list[str]
-) -> Float[Tensor, "n"]:
-    """100 times the cosine of each picture and its text, or 0 where it is negative.
-
-    From Hessel et al. (2021), who have 2.5 in place of 100.
-    """
-    cosine = (clip.pictures(pictures) * clip.texts(list(texts))).sum(dim=1)
-    return 100 * cosine.clamp(min=0)
+        first, second = ([row["right"] for row in run] for run in (ours, theirs))
+        won = sum(a and not b for a, b in zip(first, second))
+        lost = sum(b and not a for a, b in zip(first, second))
+        test = f"{sign_test(first, second):.3f}"
+        name = kind.replace("_", " ")
+        rows.append([name, sum(first), sum(second), won, lost, test])
+    heads = "kind of prompt | this run | the other | only this | only the other | P"
+    return markdown_table(heads.split(" | "), rows)
 
 
 def matrix_sqrt(matrix: Float64[Tensor, "d d"]) -> Float64[Tensor, "d d"]:
@@ -635,58 +442,31 @@ def kernel_distance(
     return (within - 2 * cubic_kernel(first, second).mean()).item()
 
 
-class Inception(nn.Module):
-    """Inception v3 up to its last layer: pixels in [-1, 1] to 2048 features.
+def clip_score(
+    clip: BookCLIP | TransformersCLIP, pictures: list, texts: list[str]
+) -> Float[Tensor, "n"]:
+    """100 times the cosine of each picture and its text, or 0 where it is negative.
 
-    Pictures of any size are resized to 299×299, cubic and anti-aliased.
+    From Hessel et al. (2021), who have 2.5 in place of 100.
     """
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        pixels = F.interpolate(pixels, (299, 299), mode="bicubic", antialias=True)
-        return self.network(pixels.clamp(-1, 1))
+    cosine = (clip.pictures(pictures) * clip.texts(list(texts))).sum(dim=1)
+    return 100 * cosine.clamp(min=0)
 
 
-def pool_as_in_2015(block: nn.Module, pool) -> None:
-    """Let the last branch of an Inception block pool in another way."""
-    branches = block._forward
-    block._forward = lambda x: [*branches(x)[:-1], block.branch_pool(pool(x))]
+def mean_distance(features: Float[Tensor, "n d"]) -> float:
+    """How different pictures are: the mean distance over all pairs; needs two."""
+    if len(features) < 2:
+        raise ValueError(f"{len(features)} picture has no distance; give at least 2")
+    return torch.pdist(features).mean().item()
 
 
-def open_inception(path: str | Path) -> Inception:
-    """The network of a weights file: torchvision's, or the FID's own of 2015.
-
-    The latter (`pt_inception-2015-12-05-….pth`, with 1008 classes) does not count
-    padding when it averages, and its last block takes the maximum. Only its numbers
-    compare with published ones. Raises ValueError for weights of another network.
-    """
-    from torchvision.models import inception_v3
-
-    state = read_weights(path)
-    classes = len(state.get("fc.weight", ()))
-    aux = any(key.startswith("AuxLogits.") for key in state)
-    network = inception_v3(
-        weights=None, num_classes=classes, aux_logits=aux, init_weights=False
-    )
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path} holds no Inception v3 ({str(error).splitlines()[1].strip()}); "
-            "give torchvision's inception_v3 or pytorch-fid's pt_inception file"
-        ) from error
-    network.fc = nn.Identity()
-    if classes == 1008:
-        options = {"kernel_size": 3, "stride": 1, "padding": 1}
-        average = functools.partial(F.avg_pool2d, count_include_pad=False, **options)
-        for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
-            pool_as_in_2015(network.get_submodule(f"Mixed_{name}"), average)
-        largest = functools.partial(F.max_pool2d, **options)
-        pool_as_in_2015(network.Mixed_7c, largest)
-    return Inception(network).eval()
+def nearest(
+    queries: Float[Tensor, "n d"], training: Float[Tensor, "m d"]
+) -> tuple[Float[Tensor, "n"], Int64[Tensor, "n"]]:
+    """How far the nearest training picture is from each query, and which it is."""
+    exact = "donot_use_mm_for_euclid_dist"  # or a copy is not at distance 0
+    distances, which = torch.cdist(queries, training, compute_mode=exact).min(dim=1)
+    return distances, which
 
 
 def imagine(request: Request, rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
@@ -710,12 +490,12 @@ def imagine(request: Request, rng: np.random.Generator) -> UInt8[np.ndarray, "h 
         if is_held_out(groups) == is_held_out(request.groups):
             break
     things = arrange(replace(request, groups=groups), rng)
-    return draw(things, request.background or pick(BACKGROUNDS), SIDE)
+    return draw(things, request.background or pick(BACKGROUNDS))
 
 
 def measure(
     records: dict[str, list[dict]],
-    clip: OurCLIP | TheirCLIP,
+    clip: BookCLIP | TransformersCLIP,
     network: nn.Module,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
@@ -740,63 +520,8 @@ def measure(
     return measures | {"CLIP score": dict(zip(("model", "real"), fits, strict=True))}
 
 
-def mean_distance(features: Float[Tensor, "n d"]) -> float:
-    """How different pictures are: the mean distance over all pairs; needs two."""
-    if len(features) < 2:
-        raise ValueError(f"{len(features)} picture has no distance; give at least 2")
-    return torch.pdist(features).mean().item()
-
-
-def nearest(
-    queries: Float[Tensor, "n d"], training: Float[Tensor, "m d"]
-) -> tuple[Float[Tensor, "n"], Int64[Tensor, "n"]]:
-    """How far the nearest training picture is from each query, and which it is."""
-    exact = "donot_use_mm_for_euclid_dist"  # or a copy is not at distance 0
-    distances, which = torch.cdist(queries, training, compute_mode=exact).min(dim=1)
-    return distances, which
-
-
-def read_geneval(path: str | Path) -> list[dict]:
-    """GenEval's evaluation_metadata.jsonl: one prompt a line, with what to check."""
-    prompts = []
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            prompt = json.loads(line)
-            prompt["prompt"], prompt["tag"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"line {number} of {path} is no prompt of GenEval ({error}); give its "
-                "evaluation_metadata.jsonl"
-            ) from error
-        prompts.append(prompt)
-    return prompts
-
-
-def write_geneval(
-    pipe: StableDiffusion,
-    prompts: list[dict],
-    folder: str | Path,
-    seed: int = 0,
-    num_images: int = 4,
-    **options,
-) -> None:
-    """Draw GenEval's prompts into the folders that its evaluate_images.py reads.
-
-    00000/metadata.jsonl has the prompt's line, 00000/samples/0000.png and so on its
-    pictures, drawn from `seed` on. `options` go to the pipeline.
-    """
-    for number, prompt in enumerate(tqdm(prompts, unit="prompt")):
-        place = Path(folder) / f"{number:05}"
-        (place / "samples").mkdir(parents=True, exist_ok=True)
-        line = json.dumps(prompt, ensure_ascii=False) + "\n"
-        (place / "metadata.jsonl").write_text(line, encoding="utf-8")
-        images = pipe(
-            prompt["prompt"],
-            num_images_per_prompt=num_images,
-            seed=seed,
-            progress=False,
-            **options,
-        ).images
-        for k, image in enumerate(images):
-            image.save(place / "samples" / f"{k:04}.png")
+def open_features(inception_path: str | None = None) -> nn.Module:
+    """The network for FID and KID: a file of Inception, or our CLIP's picture tower."""
+    if inception_path:
+        return open_inception(inception_path)
+    return open_clip().clip.image_encoder

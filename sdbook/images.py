@@ -1,6 +1,6 @@
-"""Data: a world that can be checked
+"""Folders and shards
 
-Generated from chapters/04_data.ipynb; do not edit.
+Generated from chapters/C_folders_and_shards.ipynb; do not edit.
 """
 
 import csv
@@ -100,10 +100,7 @@ class CaptionedDataset(Dataset):
         raise NotImplementedError
 
     def keys(self, notes: Path) -> list[str]:
-        """A key for every item, another one where the pixels would be others.
-
-        In the folder `notes` a dataset may remember what it found in its files.
-        """
+        """A key for every item; `notes` is a folder to remember files in."""
         raise NotImplementedError
 
     def sample_captions(self, count: int = 1000) -> list[str]:
@@ -210,19 +207,6 @@ def _read_table(path: Path) -> list[tuple[str, str, str]]:
     return entries
 
 
-def _files(folder: Path, suffixes: set[str]) -> list[str]:
-    """Names of files with such endings, in order; hidden ones are not meant for us."""
-    names = []
-    for place, _, files in os.walk(folder):
-        inside = (Path(place).relative_to(folder).as_posix() + "/").removeprefix("./")
-        names += [
-            inside + name
-            for name in files
-            if os.path.splitext(name)[1].lower() in suffixes and name[0] != "."
-        ]
-    return sorted(names)
-
-
 def _from_table(path: Path, table: Path) -> tuple[list[tuple[Path, str]], list[str]]:
     pairs, problems, named = [], [], set()
     pictures = _files(path, IMAGE_SUFFIXES)
@@ -238,6 +222,19 @@ def _from_table(path: Path, table: Path) -> tuple[list[tuple[Path, str]], list[s
             pairs.append((path / name, caption))
     strangers = [path / name for name in pictures if name not in named]
     return pairs, problems + [f"{file}: no caption" for file in strangers]
+
+
+def _files(folder: Path, suffixes: set[str]) -> list[str]:
+    """Names of files with such endings, in order; hidden ones are not meant for us."""
+    names = []
+    for place, _, files in os.walk(folder):
+        inside = (Path(place).relative_to(folder).as_posix() + "/").removeprefix("./")
+        names += [
+            inside + name
+            for name in files
+            if os.path.splitext(name)[1].lower() in suffixes and name[0] != "."
+        ]
+    return sorted(names)
 
 
 def _from_texts(path: Path) -> tuple[list[tuple[Path, str]], list[str]]:
@@ -372,6 +369,7 @@ class Cut:
         )
         square = ImageOps.mirror(square) if mirrored else square
         return to_pixels(np.asarray(square))
+
     def key(self, content: str, name: str, look: int) -> str:
         """The key of a look at a picture, of which `content` is the short name."""
         return short_name(content, self.size, *self.place(name, look))

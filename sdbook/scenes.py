@@ -23,6 +23,8 @@ __all__ = [
     "BACKGROUNDS",
     "SIZES",
     "SHAPES",
+    "shades",
+    "paint",
     "draw_thing",
     "Thing",
     "draw_background",
@@ -45,11 +47,9 @@ __all__ = [
     "stands",
     "CELLS",
     "arrange",
-    "Scene",
     "SPLITS",
     "HELD_OUT_KINDS",
-    "pick_kind",
-    "odds_of",
+    "Scene",
     "Scenes",
     "CrowdedScenes",
     "write_folder",
@@ -87,17 +87,12 @@ def _star():
 
 
 def _heart():
+    def height(a):
+        first, second = 13 * math.cos(a), 5 * math.cos(2 * a)
+        return first - second - 2 * math.cos(3 * a) - math.cos(4 * a)
+
     angles = [2 * math.pi * i / 60 for i in range(60)]
-    curve = [
-        (
-            16 * math.sin(a) ** 3,
-            13 * math.cos(a)
-            - 5 * math.cos(2 * a)
-            - 2 * math.cos(3 * a)
-            - math.cos(4 * a),
-        )
-        for a in angles
-    ]
+    curve = [(16 * math.sin(a) ** 3, height(a)) for a in angles]
     return [(x / 16.5, -(y + 2.5) / 15.5) for x, y in curve]
 
 
@@ -155,26 +150,34 @@ SHAPES |= {
 }
 
 
+def shades(colour: str) -> dict[str, tuple[int, ...]]:
+    """What the parts of a thing are filled with, as RGBA; a hole with nothing."""
+    base = np.array(COLOURS[colour], dtype=float)
+    tones = {"plain": base, "dark": base * 0.62, "light": base * 0.45 + 255 * 0.55}
+    fills = {name: (*tone.astype(int).tolist(), 255) for name, tone in tones.items()}
+    return fills | {"hole": (0, 0, 0, 0)}
+
+
+def paint(
+    shape: str, colour: str, side: int, ground: tuple[int, ...] = (0, 0, 0, 0)
+) -> Image.Image:
+    """A shape as wide as the picture, on plain ground, with jagged edges."""
+    canvas = Image.new("RGBA", (side, side), ground)
+    pen, fills = ImageDraw.Draw(canvas), shades(colour)
+    for shade, outline in SHAPES[shape]:
+        if isinstance(outline, tuple):
+            pen.ellipse([(v + 1) * side / 2 for v in outline], fills[shade])
+        else:
+            points = [((x + 1) * side / 2, (y + 1) * side / 2) for x, y in outline]
+            pen.polygon(points, fills[shade])
+    return canvas
+
+
 @functools.cache
 def draw_thing(shape: str, colour: str, pixels: int) -> UInt8[np.ndarray, "h w 4"]:
     """One thing alone as RGBA: drawn eight times too large, then averaged down."""
-    big = pixels * 8
-    base = np.array(COLOURS[colour], dtype=float)
-    fills = {
-        "plain": (*base.astype(int), 255),
-        "dark": (*(base * 0.62).astype(int), 255),
-        "light": (*(base * 0.45 + 255 * 0.55).astype(int), 255),
-        "hole": (0, 0, 0, 0),
-    }
-    canvas = Image.new("RGBA", (big, big), (0, 0, 0, 0))
-    pen = ImageDraw.Draw(canvas)
-    for shade, outline in SHAPES[shape]:
-        if isinstance(outline, tuple):
-            pen.ellipse([(v + 1) * big / 2 for v in outline], fills[shade])
-        else:
-            points = [((x + 1) * big / 2, (y + 1) * big / 2) for x, y in outline]
-            pen.polygon(points, fills[shade])
-    return np.asarray(canvas.reduce(8))  # weights colours by their alpha
+    large = paint(shape, colour, pixels * 8)
+    return np.asarray(large.reduce(8))  # weights colours by their alpha
 
 
 @dataclass(frozen=True)
@@ -217,14 +220,8 @@ HELD_OUT_PAIRS = frozenset(  # (shape, colour) never drawn in training
     zip(list(SHAPES)[:8], list(COLOURS), strict=True)
 )
 HELD_OUT_COMBINATIONS = frozenset(  # shapes never together in one training scene
-    frozenset(pair)
-    for pair in [
-        ("fish", "star"),
-        ("house", "heart"),
-        ("boat", "moon"),
-        ("tree", "ball"),
-        ("flower", "square"),
-    ]
+    frozenset(pair.split())
+    for pair in ("fish star", "house heart", "boat moon", "tree ball", "flower square")
 )
 
 
@@ -336,13 +333,9 @@ def read_caption(caption: str) -> Request:
 
 
 KINDS = {  # GenEval's six kinds of prompt, and how often training shows each
-    "single": 0.06,
-    "two": 0.12,
-    "counting": 0.22,
-    "colours": 0.14,
-    "position": 0.26,
-    "attribution": 0.20,
-}
+    "single": 0.06, "two": 0.12, "counting": 0.22,
+    "colours": 0.14, "position": 0.26, "attribution": 0.20,
+}  # fmt: skip
 
 
 def invent(kind: str, rng: np.random.Generator, held_out: bool = False) -> Request:
@@ -435,6 +428,11 @@ def arrange(request: Request, rng: np.random.Generator) -> tuple[Thing, ...]:
     raise ValueError(f"found no room for {describe(request)!r}")
 
 
+SPLITS = ("train", "validation", "held_out")
+# What is held out has to be said, so these kinds only:
+HELD_OUT_KINDS = {"colours": 0.3, "attribution": 0.35, "position": 0.35}
+
+
 @dataclass(frozen=True)
 class Scene:
     """A picture as a list of things, and what its caption says of them."""
@@ -445,33 +443,14 @@ class Scene:
     caption: str
 
 
-SPLITS = ("train", "validation", "held_out")
-# What is held out has to be said, so these kinds only:
-HELD_OUT_KINDS = {"colours": 0.3, "attribution": 0.35, "position": 0.35}
-
-
-def pick_kind(odds: dict[str, float], rng: np.random.Generator) -> str:
-    """One of the kinds, each as often as its odds say."""
-    total = sum(odds.values())
-    return str(rng.choice(list(odds), p=[odd / total for odd in odds.values()]))
-
-
-def odds_of(kinds: list[str]) -> dict[str, float]:
-    """Each kind as often as in `KINDS`, or twice as often when it is named twice."""
-    if not kinds or set(kinds) - set(KINDS):
-        raise ValueError(f"kinds {kinds}; name some of {', '.join(KINDS)}")
-    odds = {kind: KINDS[kind] * kinds.count(kind) for kind in KINDS}
-    return {kind: share for kind, share in odds.items() if share}
-
-
 class Scenes(CaptionedDataset):
     """Endless pictures with captions; picture `i` is always the same.
 
     `split` is "train", "validation" (the same world, other pictures) or "held_out"
     (each shows something that the other two never do). Items are
     `(pixels, caption)`: float32 (3, size, size) from -1 to 1, and a sentence.
-    `length` says where an epoch ends; `scene(i)` knows no end. `kinds` are the kinds
-    of prompt to show (not of held-out scenes), as often as `odds_of` says.
+    `length` says where an epoch ends; `scene(i)` knows no end. The `kinds` of prompt
+    (not in "held_out") come as often as `KINDS` says, or twice as often if named twice.
     """
 
     def __init__(
@@ -482,11 +461,20 @@ class Scenes(CaptionedDataset):
             raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
         if size % 64 or size <= 0:
             raise ValueError(f"size {size} must be a multiple of 64, such as 64 or 128")
-        self.odds = odds_of(list(kinds))
+        kinds = list(kinds)
+        if not kinds or set(kinds) - set(KINDS):
+            raise ValueError(f"kinds {kinds}; name some of {', '.join(KINDS)}")
+        self.odds = {k: KINDS[k] * kinds.count(k) for k in KINDS if k in kinds}
         self.side, self.split, self.seed, self.length = size, split, seed, length
 
     def __len__(self) -> int:
         return self.length
+
+    def __getitem__(self, index: int) -> tuple[Float[Tensor, "3 h w"], str]:
+        if index >= self.length:
+            raise IndexError(f"scene {index} of {self.length}")
+        scene = self.scene(index)
+        return to_pixels(draw(scene.things, scene.background, self.side)), scene.caption
 
     def scene(self, index: int) -> Scene:
         """What stands in picture `index`, and what its caption says."""
@@ -494,17 +482,13 @@ class Scenes(CaptionedDataset):
             raise IndexError(f"scene {index}: indices start at 0")
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
         held_out = self.split == "held_out"
-        kind = pick_kind(HELD_OUT_KINDS if held_out else self.odds, rng)
+        odds = HELD_OUT_KINDS if held_out else self.odds
+        total = sum(odds.values())
+        kind = str(rng.choice(list(odds), p=[odd / total for odd in odds.values()]))
         truth = invent(kind, rng, held_out)
         things = arrange(truth, rng)
         said = say(truth, "attribution" if held_out else kind, rng)
         return Scene(things, truth.background, said, describe(said, rng))
-
-    def __getitem__(self, index: int) -> tuple[Float[Tensor, "3 h w"], str]:
-        if index >= self.length:
-            raise IndexError(f"scene {index} of {self.length}")
-        scene = self.scene(index)
-        return to_pixels(draw(scene.things, scene.background, self.side)), scene.caption
 
     def captions(self) -> list[str]:
         """What each of the `length` scenes is said to show."""
@@ -531,9 +515,8 @@ class Scenes(CaptionedDataset):
 class CrowdedScenes(Scenes):
     """Pictures crowded with up to eight things anywhere, for training a VAE.
 
-    A VAE reads no captions, and most of a scene is background: a crowd shows it more
-    things a picture. Items are as of `Scenes`, with an empty caption; pairs that are
-    held out stay held out.
+    A VAE reads no captions, and most of a scene is background. Items are as of
+    `Scenes`, with an empty caption; pairs that are held out stay held out.
     """
 
     def __init__(self, size: int = 64, seed: int = 0, length: int = 20_000):

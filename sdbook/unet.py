@@ -17,8 +17,6 @@ from .resblocks import Downsample, ResBlock, TimestepMLP, Upsample, timestep_emb
 from .weights import Config, Pretrained
 
 __all__ = [
-    "FIXED_OPTIONS",
-    "check_levels",
     "UNetConfig",
     "pushed_channels",
     "residual_block",
@@ -26,77 +24,10 @@ __all__ = [
     "DownBlock",
     "MiddleBlock",
     "UpBlock",
-    "check_inputs",
-    "UNetParts",
     "UNet",
+    "check_inputs",
     "start_as_identity",
 ]
-
-
-# Options of diffusers' UNet that Stable Diffusion 1.x leaves at one value.
-FIXED_OPTIONS = {
-    "act_fn": "silu",
-    "addition_embed_type": None,
-    "addition_embed_type_num_heads": 64,
-    "addition_time_embed_dim": None,
-    "attention_type": "default",
-    "center_input_sample": False,
-    "class_embed_type": None,
-    "class_embeddings_concat": False,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "cross_attention_norm": None,
-    "downsample_padding": 1,
-    "dropout": 0.0,
-    "dual_cross_attention": False,
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "mid_block_only_cross_attention": None,
-    "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "norm_eps": 1e-5,
-    "num_attention_heads": None,
-    "num_class_embeds": None,
-    "only_cross_attention": False,
-    "projection_class_embeddings_input_dim": None,
-    "resnet_out_scale_factor": 1.0,
-    "resnet_skip_time_act": False,
-    "resnet_time_scale_shift": "default",
-    "reverse_transformer_layers_per_block": None,
-    "time_cond_proj_dim": None,
-    "time_embedding_act_fn": None,
-    "time_embedding_dim": None,
-    "time_embedding_type": "positional",
-    "timestep_post_act": None,
-    "use_linear_projection": False,
-}
-
-
-def check_levels(config):
-    """Raise ValueError unless all per-level options have one entry for each level."""
-    levels = len(config.block_out_channels)
-    for name in (
-        "down_block_types",
-        "up_block_types",
-        "attention_head_dim",
-        "transformer_layers_per_block",
-    ):
-        value = getattr(config, name)
-        if isinstance(value, tuple) and len(value) != levels:
-            raise ValueError(
-                f"{name} has {len(value)} entries but block_out_channels has "
-                f"{levels}; give one entry for each level"
-            )
-    for way in ("Down", "Up"):
-        known = (f"{way}Block2D", f"CrossAttn{way}Block2D")
-        for name in getattr(config, f"{way.lower()}_block_types"):
-            if name not in known:
-                raise ValueError(
-                    f"{way.lower()}_block_types: {name} is not implemented; use "
-                    + " or ".join(known)
-                )
 
 
 @dataclass(frozen=True)
@@ -111,18 +42,8 @@ class UNetConfig(Config):
     sample_size: int = 64
     in_channels: int = 4
     out_channels: int = 4
-    down_block_types: tuple[str, ...] = (
-        "CrossAttnDownBlock2D",
-        "CrossAttnDownBlock2D",
-        "CrossAttnDownBlock2D",
-        "DownBlock2D",
-    )
-    up_block_types: tuple[str, ...] = (
-        "UpBlock2D",
-        "CrossAttnUpBlock2D",
-        "CrossAttnUpBlock2D",
-        "CrossAttnUpBlock2D",
-    )
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
     attention_head_dim: int | tuple[int, ...] = 8
@@ -130,19 +51,45 @@ class UNetConfig(Config):
     cross_attention_dim: int = 768
     norm_num_groups: int = 32
 
-    fixed: ClassVar[dict[str, Any]] = FIXED_OPTIONS
-    ignored: ClassVar[tuple[str, ...]] = ("upcast_attention",)
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
-        check_levels(self)
+    fixed: ClassVar[dict[str, Any]] = {
+        "act_fn": "silu", "attention_type": "default", "conv_in_kernel": 3,
+        "conv_out_kernel": 3, "downsample_padding": 1, "flip_sin_to_cos": True,
+        "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "norm_eps": 1e-5, "resnet_out_scale_factor": 1.0,
+        "resnet_time_scale_shift": "default", "time_embedding_type": "positional",
+    }
+    ignored: ClassVar[tuple[str, ...]] = (
+        "addition_embed_type_num_heads", "upcast_attention",
+    )
 
     def at_level(self, name: str, level: int) -> int:
         """An option that is one number for all levels or one for each."""
         value = getattr(self, name)
         return value if isinstance(value, int) else value[level]
+
+    def check(self) -> None:
+        """Raise ValueError unless options have one entry for each level."""
+        levels = len(self.block_out_channels)
+        for name in (
+            "down_block_types",
+            "up_block_types",
+            "attention_head_dim",
+            "transformer_layers_per_block",
+        ):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != levels:
+                raise ValueError(
+                    f"{name} has {len(value)} entries but block_out_channels has "
+                    f"{levels}; give one entry for each level"
+                )
+        for way in ("down", "up"):
+            known = (f"{way.title()}Block2D", f"CrossAttn{way.title()}Block2D")
+            for name in getattr(self, f"{way}_block_types"):
+                if name not in known:
+                    raise ValueError(
+                        f"{way}_block_types: {name} is not implemented; use "
+                        + " or ".join(known)
+                    )
 
 
 def pushed_channels(config: UNetConfig) -> list[int]:
@@ -281,6 +228,64 @@ class UpBlock(nn.Module):
         return x
 
 
+class UNet(Pretrained, nn.Module):
+    """Predicts the noise in latents, given the timestep and the text.
+
+    latents (b, in_channels, h, w), t (b,) or one number, context
+    (b, n, cross_attention_dim) give (b, out_channels, h, w). Raises ValueError
+    for inputs that do not fit. From Rombach et al. (2022), section 3.3.
+    """
+
+    config_class = UNetConfig
+    diffusers_class = "UNet2DConditionModel"
+
+    def __init__(self, config: UNetConfig | None = None):
+        super().__init__()
+        self.config = config = UNetConfig() if config is None else config
+        widths, levels = config.block_out_channels, len(config.block_out_channels)
+        skips = pushed_channels(config)
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepMLP(widths[0], 4 * widths[0])
+        self.down_blocks = nn.ModuleList(DownBlock(config, i) for i in range(levels))
+        self.mid_block = MiddleBlock(config)
+        self.up_blocks = nn.ModuleList(
+            UpBlock(config, i, skips) for i in reversed(range(levels))
+        )
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def embed_time(self, t: Num[Tensor, "steps"]) -> Float[Tensor, "steps time_dim"]:
+        """What the blocks are told of each of these timesteps."""
+        # Half precision cannot count to 999 finely enough: embed t in float32.
+        waves = timestep_embedding(t, self.conv_in.out_channels)
+        return self.time_embedding(waves.to(self.conv_in.weight.dtype))
+
+    def forward(
+        self,
+        latents: Float[Tensor, "b c h w"],
+        t: Num[Tensor, "..."] | int | float,
+        context: Float[Tensor, "b n d"],
+    ) -> Float[Tensor, "b out h w"]:
+        t = torch.as_tensor(t)
+        check_inputs(self.config, latents, t, context)
+        time = self.embed_time(t.reshape(-1).to(latents.device))
+        x = self.conv_in(latents)
+        skips = [x]
+        for block in self.down_blocks:
+            x, new_skips = block(x, time, context)
+            skips += new_skips
+        x = self.mid_block(x, time, context)
+        for block in self.up_blocks:
+            x = block(x, skips, time, context)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def rename_on_load(
+        self, state: dict[str, Tensor], ema: bool = True
+    ) -> dict[str, Tensor]:
+        """Also read the original's names; of two copies, take the averaged."""
+        return own_weights(self, state, ema)
+
+
 def check_inputs(
     config: UNetConfig, latents: Tensor, t: Tensor, context: Tensor
 ) -> None:
@@ -307,68 +312,6 @@ def check_inputs(
             f"width {config.cross_attention_dim}; use the text encoder that it "
             "was trained with"
         )
-
-
-class UNetParts(Pretrained, nn.Module):
-    """The layers of the UNet."""
-
-    config_class = UNetConfig
-    diffusers_class = "UNet2DConditionModel"
-
-    def __init__(self, config: UNetConfig | None = None):
-        super().__init__()
-        self.config = config = UNetConfig() if config is None else config
-        widths, levels = config.block_out_channels, len(config.block_out_channels)
-        skips = pushed_channels(config)
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimestepMLP(widths[0], 4 * widths[0])
-        self.down_blocks = nn.ModuleList(DownBlock(config, i) for i in range(levels))
-        self.mid_block = MiddleBlock(config)
-        self.up_blocks = nn.ModuleList(
-            UpBlock(config, i, skips) for i in reversed(range(levels))
-        )
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
-
-    def rename_on_load(
-        self, state: dict[str, Tensor], ema: bool = True
-    ) -> dict[str, Tensor]:
-        """Also read the original's names; of two copies, take the averaged."""
-        return own_weights(self, state, ema)
-
-    def embed_time(self, t: Num[Tensor, "steps"]) -> Float[Tensor, "steps time_dim"]:
-        """What the blocks are told of each of these timesteps."""
-        # Half precision cannot count to 999 finely enough: embed t in float32.
-        waves = timestep_embedding(t, self.conv_in.out_channels)
-        return self.time_embedding(waves.to(self.conv_in.weight.dtype))
-
-
-class UNet(UNetParts):
-    """Predicts the noise in latents, given the timestep and the text.
-
-    latents (b, in_channels, h, w), t (b,) or one number, context
-    (b, n, cross_attention_dim) give (b, out_channels, h, w). Raises ValueError
-    for inputs that do not fit. From Rombach et al. (2022), section 3.3.
-    """
-
-    def forward(
-        self,
-        latents: Float[Tensor, "b c h w"],
-        t: Num[Tensor, "..."] | int | float,
-        context: Float[Tensor, "b n d"],
-    ) -> Float[Tensor, "b out h w"]:
-        t = torch.as_tensor(t)
-        check_inputs(self.config, latents, t, context)
-        time = self.embed_time(t.reshape(-1).to(latents.device))
-        x = self.conv_in(latents)
-        skips = [x]
-        for block in self.down_blocks:
-            x, new_skips = block(x, time, context)
-            skips += new_skips
-        x = self.mid_block(x, time, context)
-        for block in self.up_blocks:
-            x = block(x, skips, time, context)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 def start_as_identity(unet: UNet) -> UNet:

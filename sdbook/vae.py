@@ -172,15 +172,13 @@ class VAEConfig(Config):
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
 
-    fixed: ClassVar[dict[str, Any]] = {
-        "act_fn": "silu", "shift_factor": None, "latents_mean": None,
-        "latents_std": None,
-    }
+    fixed: ClassVar[dict[str, Any]] = {"act_fn": "silu"}
     ignored: ClassVar[tuple[str, ...]] = (
         "force_upcast", "down_block_types", "up_block_types",
     )
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raise ValueError for widths that do not split."""
         widths, groups = self.block_out_channels, self.norm_num_groups
         if any(width % groups for width in widths):
             raise ValueError(

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 __all__ = [
-    "to_picture",
     "Figure",
+    "to_picture",
     "show_images",
     "heatmap",
     "Palette",
@@ -27,53 +27,6 @@ __all__ = [
     "show_figure",
     "frame_slider",
 ]
-
-
-def to_picture(image):
-    """Turn one image into a PIL picture (mode L or RGB).
-
-    Takes a tensor or float array in [-1, 1] (values outside are clipped),
-    an array of bytes (uint8, 0 to 255), a mask (bool) or a PIL picture, of
-    shape (h, w), (c, h, w) or (h, w, c), where c is 1 or 3. Raises
-    ValueError for NaN, for other kinds of numbers and for other shapes.
-    """
-    if isinstance(image, Image.Image):
-        return image if image.mode == "L" else image.convert("RGB")
-    if hasattr(image, "detach"):  # a tensor, without importing torch
-        image = image.detach().cpu()
-        image = image.float() if image.is_floating_point() else image
-    array = _channels_last(np.asarray(image))
-    if array.dtype == bool:
-        array = np.where(array, 1.0, -1.0)
-    if array.dtype.kind == "f":
-        if not np.isfinite(array).all():
-            raise ValueError(
-                "the image has NaN or infinite values: expected floats in "
-                "[-1, 1]; look for an overflow where it was made"
-            )
-        array = (array.clip(-1, 1).astype(np.float64) + 1) * 127.5
-        array = np.round(array).astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise ValueError(
-            f"an image of {array.dtype}: expected floats in [-1, 1] or uint8 "
-            "in [0, 255]; convert it first"
-        )
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
-def _channels_last(array):
-    """(h, w), (c, h, w) or (h, w, c) as (h, w) or (h, w, 3)."""
-    shape = array.shape
-    if array.ndim == 3 and shape[0] in (1, 3):
-        array = array.transpose(1, 2, 0)
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if array.ndim != 2 and (array.ndim != 3 or array.shape[2] != 3):
-        raise ValueError(
-            f"an image of shape {tuple(shape)}: expected (h, w), (c, h, w) or "
-            "(h, w, c) with c = 1 or 3; pass a batch as the list of its images"
-        )
-    return array
 
 
 def _png(picture):
@@ -134,6 +87,53 @@ def _described(alt):
             "shows, for readers who cannot see it; pass alt='...'"
         )
     return alt.strip()
+
+
+def to_picture(image):
+    """Turn one image into a PIL picture (mode L or RGB).
+
+    Takes a tensor or float array in [-1, 1] (values outside are clipped),
+    an array of bytes (uint8, 0 to 255), a mask (bool) or a PIL picture, of
+    shape (h, w), (c, h, w) or (h, w, c), where c is 1 or 3. Raises
+    ValueError for NaN, for other kinds of numbers and for other shapes.
+    """
+    if isinstance(image, Image.Image):
+        return image if image.mode == "L" else image.convert("RGB")
+    if hasattr(image, "detach"):  # a tensor, without importing torch
+        image = image.detach().cpu()
+        image = image.float() if image.is_floating_point() else image
+    array = _channels_last(np.asarray(image))
+    if array.dtype == bool:
+        array = np.where(array, 1.0, -1.0)
+    if array.dtype.kind == "f":
+        if not np.isfinite(array).all():
+            raise ValueError(
+                "the image has NaN or infinite values: expected floats in "
+                "[-1, 1]; look for an overflow where it was made"
+            )
+        array = (array.clip(-1, 1).astype(np.float64) + 1) * 127.5
+        array = np.round(array).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ValueError(
+            f"an image of {array.dtype}: expected floats in [-1, 1] or uint8 "
+            "in [0, 255]; convert it first"
+        )
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _channels_last(array):
+    """(h, w), (c, h, w) or (h, w, c) as (h, w) or (h, w, 3)."""
+    shape = array.shape
+    if array.ndim == 3 and shape[0] in (1, 3):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim != 2 and (array.ndim != 3 or array.shape[2] != 3):
+        raise ValueError(
+            f"an image of shape {tuple(shape)}: expected (h, w), (c, h, w) or "
+            "(h, w, c) with c = 1 or 3; pass a batch as the list of its images"
+        )
+    return array
 
 
 def _as_list(images):

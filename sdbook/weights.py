@@ -124,13 +124,22 @@ def is_of_type(value: Any, kind: Any, least: int = 1) -> bool:
 class Config:
     """Base of the model configs: a frozen dataclass that reads and writes config.json.
 
-    Fields are named as in the reference library's file. `fixed` has its further
-    options with the one value that we build; `ignored` names those that change no
-    result.
+    Fields are named as in the reference library's file, where more may stand: options
+    that are off (None, False or 0), those in `fixed` with the one value that we build,
+    and those in `ignored`, which change no result. Lists become tuples.
     """
 
     fixed: ClassVar[dict[str, Any]] = {}
     ignored: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError for values that do not fit together."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "the config"):
@@ -147,7 +156,9 @@ class Config:
             elif key in cls.fixed:
                 if value != cls.fixed[key]:
                     problems.append(f"{key}={value!r} (only {cls.fixed[key]!r})")
-            elif not key.startswith("_") and key not in cls.ignored:
+            elif value in (None, False) or key.startswith("_"):  # 0 == False
+                pass
+            elif key not in cls.ignored:
                 problems.append(f"{key}={value!r} (unknown)")
         if problems:
             raise WeightsError(

@@ -3,7 +3,6 @@
 PyTorch's meta device computes shapes without numbers, so that nothing is computed.
 """
 
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -31,7 +30,7 @@ def keep_all(module: nn.Module) -> None:
 
 
 class Fused(TorchFunctionMode):
-    """While it is open, attention on the meta device stores no scores, as on a GPU."""
+    """While it is open, attention stores no scores on the meta device either."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
@@ -39,12 +38,11 @@ class Fused(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def kept_bytes(model: nn.Module, *inputs: Tensor, fused=False, beside=()) -> int:
+def kept_bytes(model: nn.Module, *inputs: Tensor, beside=()) -> int:
     """Bytes that a forward pass keeps for the backward pass, besides the weights.
 
-    Model and inputs are on the meta device: nothing is computed. `fused`: as on a
-    GPU, where attention does not store its scores; on a CPU it does. `beside`:
-    modules that take part and are none of the model's own.
+    Model and inputs are on the meta device: nothing is computed. `beside`: modules
+    that take part and are none of the model's own.
     """
     weights = {
         weight.untyped_storage()._cdata
@@ -60,7 +58,7 @@ def kept_bytes(model: nn.Module, *inputs: Tensor, fused=False, beside=()) -> int
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    with hooks, Fused() if fused else nullcontext():
+    with hooks, Fused():
         result = model(*inputs)  # alive, so that no storage's number is used twice
     del result
     return sum(kept.values())
@@ -77,7 +75,7 @@ def memory_needed(
     weights = {w for module in (model, *beside) for w in module.parameters()}
     extra = 3 + bool(config.ema_decay)  # gradients, two means of AdamW's, average
     copies = sum(4 * w.numel() * (1 + extra * w.requires_grad) for w in weights)
-    batch = kept_bytes(model, *inputs, fused=torch.cuda.is_available(), beside=beside)
+    batch = kept_bytes(model, *inputs, beside=beside)
     if getattr(config, "gradient_checkpointing", False):
         batch = batch // 4  # at most, in the presets (chapter 13)
     half = config.mixed_precision != "no"

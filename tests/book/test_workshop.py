@@ -52,6 +52,8 @@ FLOORS = {
     "run.processes": 4.2,
     "run.logs": 4.2,
     "run.memory": 4.2,
+    "run.reports": 4.1,
+    "run.networks": 4.1,
     "run.progress": 4.1,
     "run.tables": 4.1,
     "run.settings": 4.1,
@@ -74,8 +76,7 @@ FLOORS = {
 }
 
 # Not rebuilt yet; this list is to become empty, and to go.
-NOT_YET = {"unet", "training.unet", "training.vae"}
-NOT_YET |= {"training.loss", "training.clip"}
+NOT_YET = {"training.unet", "training.vae", "training.loss"}
 
 # A base class with one child says *is a*, and why.
 ONE_CHILD = {

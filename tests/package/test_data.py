@@ -24,6 +24,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import sdbook.data
+import sdbook.images
 import sdbook.scenes
 from sdbook.data import (
     BACKGROUNDS,
@@ -54,11 +56,11 @@ from sdbook.data import (
     is_held_out,
     read_caption,
     read_picture,
+    short_name,
     stands,
     to_pixels,
     write_folder,
 )
-from sdbook.images import short_name
 
 SHIPPED = Path(__file__).parents[2] / "data" / "scenes"
 
@@ -1061,6 +1063,12 @@ def test_more_readers_than_shards_are_refused(tmp_path):
     shards = CaptionedShards(write_shards(tmp_path, 8), 8)  # 2 shards
     with pytest.raises(ValueError, match="2 shards for 3 readers"):
         steps_of(shards, 0, 1, rank=0, world=3)
+
+
+def test_data_hands_on_the_names_of_scenes_and_images():
+    for module in (sdbook.scenes, sdbook.images):
+        for name in module.__all__:
+            assert getattr(sdbook.data, name) is getattr(module, name)
 
 
 # What training asks -----------------------------------------------------------------

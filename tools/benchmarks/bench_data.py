@@ -19,7 +19,7 @@ from pathlib import Path
 from PIL import Image
 from timing import seconds
 
-from sdbook.data import CaptionedImages
+from sdbook.images import CaptionedImages
 
 FILES_PER_FOLDER = 10_000  # a file may have some 60,000 hard links, a folder any number
 

@@ -11,6 +11,7 @@ sphinx_api.py writes the reference of the package, sphinx_pages.py what a page h
 around its text, sphinx_map.py the map on the front page.
 """
 
+import ast
 import re
 
 from docutils import nodes
@@ -55,7 +56,10 @@ def tidy_cells(app, doctree):
 
 def contents(module, code):
     """What a folded cell has inside: `: EMA, Run (in sdbook/training/loop.py)`."""
-    things = ", ".join(defined_in(code, module)) or "imports"
+    things = ", ".join(defined_in(code, module))
+    if not things:
+        statements = {type(node) for node in ast.parse(code).body}
+        things = "helpers" if statements - {ast.Import, ast.ImportFrom} else "imports"
     return f": {things} (in {file_of(module)})"
 
 

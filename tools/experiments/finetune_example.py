@@ -34,14 +34,7 @@ from sdbook.data import (
     draw,
     read_caption,
 )
-from sdbook.evaluation import (
-    Judge,
-    labelled_grid,
-    prompts,
-    satisfies,
-    templates,
-    wilson,
-)
+from sdbook.evaluation import Judge, prompts, satisfies, templates, wilson
 from sdbook.finetuning import (
     LORA_FILE,
     LoRATrainingConfig,
@@ -49,6 +42,7 @@ from sdbook.finetuning import (
     train_lora,
     train_word,
 )
+from sdbook.images import labelled_grid
 
 TEAL = (40, 130, 140)
 RING = [("plain", (-0.95, -0.95, 0.95, 0.95)), ("hole", (-0.5, -0.5, 0.5, 0.5))]
