@@ -1,11 +1,9 @@
 """The command line: `sdbook sample`, `train`, `train-lora`, `evaluate`, and others."""
 
-import json
 import re
 import shlex
 import sys
 import warnings
-from dataclasses import fields
 from pathlib import Path
 from typing import Literal
 
@@ -45,7 +43,7 @@ def load(checkpoint_path: str, device: str, dtype: str, **options):
     """The pipeline of a checkpoint, on a device, in a dtype."""
     import torch
 
-    from sdbook import StableDiffusion
+    from . import StableDiffusion
 
     device = pick_device(device)  # before the slow part
     return StableDiffusion.from_pretrained(
@@ -54,7 +52,7 @@ def load(checkpoint_path: str, device: str, dtype: str, **options):
 
 
 def sample(
-    prompt: str | list[str],
+    prompt: list[str],
     negative_prompt: str = "",
     checkpoint_path: str = "scenes",
     tokenizer_path: str | None = None,
@@ -108,6 +106,7 @@ def sample(
         dtype: float32, float16 or bfloat16.
         grid: write one labelled sheet in place of single pictures.
     """
+    asked = {name: value for name, value in locals().items() if value is not None}
     path = Path(output_path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"output_path {output_path!r} must end in .png")
@@ -116,12 +115,8 @@ def sample(
     if lora_path is None and lora_scale != 1:
         raise ValueError(f"lora_scale {lora_scale} without lora_path; give the LoRA")
     path.parent.mkdir(parents=True, exist_ok=True)
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    start = {
-        name: open_picture(file)
-        for name, file in (("image", image_path), ("mask", mask_path))
-        if file is not None
-    }
+    pictures = {"image": image_path, "mask": mask_path}
+    start = {name: open_picture(file) for name, file in pictures.items() if file}
     source = {"tokenizer": tokenizer_path, "variant": variant}
     source = {name: value for name, value in source.items() if value is not None}
     pipe = load(checkpoint_path, device, dtype, **source)
@@ -130,7 +125,7 @@ def sample(
     if scheduler:
         pipe.scheduler = scheduler
     images = pipe(
-        prompts,
+        prompt,
         **start,
         strength=strength,
         negative_prompt=negative_prompt,
@@ -141,26 +136,16 @@ def sample(
         num_images_per_prompt=num_images,
         seed=seed,
     ).images
-    texts = [text for text in prompts for _ in range(num_images)]
-    facts = {
-        "negative_prompt": negative_prompt,
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-        "scheduler": type(pipe.scheduler).__name__,
-        "checkpoint_path": checkpoint_path,
-        "height": images[0].height,
-        "width": images[0].width,
-        "dtype": dtype,
-    }
-    further = {"image_path": image_path, "mask_path": mask_path, "strength": strength}
-    further |= {"tile_size": tile_size, "variant": variant}
-    further |= {"tokenizer_path": tokenizer_path, "word_path": word_path}
-    further |= {"lora_path": lora_path, "lora_scale": lora_scale if lora_path else None}
-    facts |= {name: value for name, value in further.items() if value is not None}
+    unsaid = {"prompt", "output_path", "image_size", "seed", "num_images", "device"}
+    unsaid |= {"grid"} if lora_path else {"grid", "lora_scale"}
+    facts = {name: value for name, value in asked.items() if name not in unsaid}
+    facts |= {"scheduler": type(pipe.scheduler).__name__}
+    facts |= {"height": images[0].height, "width": images[0].width}
+    texts = [text for text in prompt for _ in range(num_images)]
     if grid:
-        from sdbook.images import labelled_grid
+        from .images import labelled_grid
 
-        facts |= {"prompt": prompts, "seed": seed, "num_images": num_images}
+        facts |= {"prompt": prompt, "seed": seed, "num_images": num_images}
         write_png(labelled_grid(images, texts), path, facts | {"grid": True})
         return
     for number, (image, text) in enumerate(zip(images, texts, strict=True)):
@@ -173,7 +158,7 @@ def add_pieces(pipe, lora_path, lora_scale, word_path):
     """What was fine-tuned, where it is given."""
     if lora_path is None and word_path is None:
         return
-    from sdbook.finetuning import load_lora, load_word
+    from .finetuning import load_lora, load_word
 
     if word_path is not None:
         load_word(pipe, word_path)
@@ -202,13 +187,13 @@ def write_png(image, path: Path, facts: dict):
     """
     from PIL.PngImagePlugin import PngInfo
 
-    from sdbook import __version__
+    from . import __version__
 
     info, words = PngInfo(), ["sdbook", "sample"]
     for name, value in facts.items():
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *(str(value) for value in values)]
-        info.add_itxt(name, "\n".join(str(value) for value in values))
+        values = [str(one) for one in (value if isinstance(value, list) else [value])]
+        words += [f"--{name}", *values]
+        info.add_itxt(name, "\n".join(values))
     info.add_itxt("command", shlex.join(words))
     info.add_itxt("model", facts["checkpoint_path"])
     info.add_itxt("version", f"sdbook {__version__}")
@@ -249,8 +234,8 @@ def evaluate(
         device: auto, cpu, cuda or mps.
         dtype: float32, float16 or bfloat16.
     """
-    from sdbook import evaluation
-    from sdbook.run import reports
+    from . import evaluation
+    from .run import reports
 
     drawing = {
         "seed": seed,
@@ -287,26 +272,17 @@ def evaluate(
     print(f"wrote {output_dir}")
 
 
-def gather_prompts(arguments: list[str]) -> list[str]:
-    """`--prompt a b` as `--prompt '["a", "b"]'`, a list as a YAML file has it."""
-    if "--prompt" not in arguments:
-        return arguments
-    start = arguments.index("--prompt") + 1
-    end = start
-    while end < len(arguments) and not arguments[end].startswith("--"):
-        end += 1
-    if end == start:  # nothing to gather: let the parser complain
-        return arguments
-    return [*arguments[:start], json.dumps(arguments[start:end]), *arguments[end:]]
+def training_of(command: str):
+    """A training's function and the class of its settings."""
+    from . import finetuning, training
 
-
-def switch_on(arguments: list[str], switches: list[str]) -> list[str]:
-    """`--dry_run` alone as `--dry_run true`."""
-    full = []
-    for argument, following in zip(arguments, [*arguments[1:], "--"]):
-        alone = argument in switches and following.startswith("--")
-        full += [argument, "true"] if alone else [argument]
-    return full
+    return {
+        "train": (training.train, training.TrainingConfig),
+        "train-vae": (training.train_vae, training.VAETrainingConfig),
+        "train-clip": (training.train_clip, training.CLIPTrainingConfig),
+        "train-lora": (finetuning.train_lora, finetuning.LoRATrainingConfig),
+        "train-word": (finetuning.train_word, finetuning.WordTrainingConfig),
+    }[command]
 
 
 def run(command: str, arguments: list[str]):
@@ -319,27 +295,24 @@ def run(command: str, arguments: list[str]):
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with these keys")
-    if command in ("sample", "evaluate"):
-        function = {"sample": sample, "evaluate": evaluate}[command]
-        parser.add_function_arguments(function, as_group=False)
-        options = parser.parse_args(gather_prompts(arguments))
-        options.pop("config")
-        return function(**options)
-    from sdbook import finetuning, training
-
-    function, config_class = {
-        "train": (training.train, training.TrainingConfig),
-        "train-vae": (training.train_vae, training.VAETrainingConfig),
-        "train-clip": (training.train_clip, training.CLIPTrainingConfig),
-        "train-lora": (finetuning.train_lora, finetuning.LoRATrainingConfig),
-        "train-word": (finetuning.train_word, finetuning.WordTrainingConfig),
-    }[command]
-    parser.add_class_arguments(config_class, as_group=False)
-    switches = [
-        f"--{field.name}" for field in fields(config_class) if field.type is bool
-    ]
-    options = parser.parse_args(switch_on(arguments, switches))
+    function = {"sample": sample, "evaluate": evaluate}.get(command)
+    if command == "sample":  # without a type, so that no text is read as YAML
+        words = {"nargs": "+", "required": True, "metavar": "TEXT"}
+        parser.add_argument("--prompt", **words, help="what to draw, one text or more")
+    if function:
+        parser.add_function_arguments(function, as_group=False, skip={"prompt"})
+    else:
+        function, config_class = training_of(command)
+        parser.add_class_arguments(config_class, as_group=False)
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) is bool:  # `--dry_run` alone is true
+            action.nargs, action.const = "?", True
+    options = parser.parse_args(arguments)
     options.pop("config")
+    if command == "sample" and not isinstance(options.prompt, list):
+        options.prompt = [str(options.prompt)]  # in a YAML file, one needs no brackets
+    if command in ("sample", "evaluate"):
+        return function(**options)
     config = config_class(**options)
     if function(config) is not None:  # not after a dry run
         print(f"wrote {config.output_dir}")

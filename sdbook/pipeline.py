@@ -124,11 +124,8 @@ class StableDiffusion:
 
     @torch.no_grad()
     def predict(
-        self,
-        latents: Float[Tensor, "b c h w"],
-        t: int | float,
-        context: Float[Tensor, "b n d"],
-        uncond: Float[Tensor, "b n d"] | None = None,
+        self, latents: Float[Tensor, "b c h w"], t: int | float,
+        context: Float[Tensor, "b n d"], uncond: Float[Tensor, "b n d"] | None = None,
         guidance_scale: int | float = 1.0,
     ) -> Float[Tensor, "b c h w"]:
         """The UNet's answer at timestep t, guided away from `uncond` if given."""
@@ -140,15 +137,10 @@ class StableDiffusion:
 
     @torch.no_grad()
     def denoise(
-        self,
-        x: Float[Tensor, "b c h w"],
-        context: Float[Tensor, "b n d"],
-        uncond: Float[Tensor, "b n d"] | None = None,
-        guidance_scale: int | float = 1.0,
-        source: "SourceImage | None" = None,
-        callback: Callable[[int, int | float, Tensor], None] | None = None,
-        progress: bool = True,
-        **options,
+        self, x: Float[Tensor, "b c h w"],
+        context: Float[Tensor, "b n d"], uncond: Float[Tensor, "b n d"] | None = None,
+        guidance_scale: int | float = 1.0, source: "SourceImage | None" = None,
+        callback: Callable | None = None, progress: bool = True, **options,
     ) -> Float[Tensor, "b c h w"]:
         """From noise to latents, over all of the scheduler's timesteps.
 
@@ -175,9 +167,7 @@ class StableDiffusion:
         z = latents.to(self.device) / self.vae.config.scaling_factor
         return to_pictures(self.without_overflow(self.vae.decode, z), output_type)
 
-    def without_overflow(
-        self, function: Callable[[Tensor], Tensor], x: Tensor
-    ) -> Tensor:
+    def without_overflow(self, function: Callable, x: Tensor) -> Tensor:
         """`function` of the VAE in its own dtype, or in float32 if that overflows."""
         dtype = next(self.vae.parameters()).dtype
         result = function(x.to(dtype))
@@ -266,10 +256,11 @@ class StableDiffusion:
         texts = self.encode_prompt(negatives + prompts if guided else prompts)
         uncond, context = texts.chunk(2) if guided else (None, texts)
         options["generator"] = [torch.Generator().manual_seed(one) for one in seeds]
-        start = latents, pixels, mask, strength
-        x, source = self.start(shape, options["generator"], *start)
-        look = source, callback, progress
-        x = self.denoise(x, context, uncond, guidance_scale, *look, **options)
+        noise = shape, options["generator"], latents
+        x, source = self.start(*noise, pixels, mask, strength)
+        x = self.denoise(
+            x, context, uncond, guidance_scale, source, callback, progress, **options
+        )
         return Pictures(self.decode(x, output_type), seeds)
 
     def latent_shape(

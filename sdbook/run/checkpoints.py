@@ -8,19 +8,19 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..files import write_atomically
 from .settings import RunConfig, facts_of
 
 
-def save_checkpoint(folder: Path, step: int, parts: dict, keep: int = 1) -> Path:
-    """Write the state of all `parts` as step-….pt, whole or not at all.
+def save_checkpoint(folder: Path, step: int, stateful: dict, keep: int = 1) -> Path:
+    """Write the state of all that is `stateful` as step-….pt, whole or not at all.
 
     Older ones beyond `keep` are removed afterwards. Raises OSError, naming the last
     whole one, when it cannot be written.
     """
-    state = {name: part.state_dict() for name, part in parts.items()}
+    state = {name: part.state_dict() for name, part in stateful.items()}
     path = Path(folder) / f"step-{step:08d}.pt"
 
     def write(temporary: Path) -> None:
@@ -61,31 +61,45 @@ def read_checkpoint(path: Path, mapped: bool = False) -> dict:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
-def load_checkpoint(path: Path, parts: dict) -> int:
-    """Give all `parts` their state back; returns the step to go on with.
+def load_checkpoint(path: Path, stateful: dict) -> int:
+    """Give all that is `stateful` its state back; returns the step to go on with.
 
     Raises ValueError for a file that is torn, or of another model.
     """
     state = read_checkpoint(path)
-    try:
-        parts["model"].load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise other_model(path, str(error).splitlines()[1].strip()) from None
+    compare(path, state["model"], stateful["model"].state_dict())
     # An average or a scaler begun only now has no state there.
     state = {"ema": state["model"], **state}
-    for name, part in parts.items():
-        if name != "model" and name in state:
+    for name, part in stateful.items():
+        if name in state:
             part.load_state_dict(state[name])
     return state["step"]
 
 
-def other_model(path: Path, why: str) -> ValueError:
-    """The error for a checkpoint that does not fit the settings."""
-    return ValueError(
-        f"{path} is of another model ({why}); set the sizes (unet_preset, "
-        "layers_per_block, rank and so on) as they were, or choose another "
-        "output_dir, or set resume to none to start from zero"
-    )
+def check_fits(path: Path | None, model: nn.Module) -> None:
+    """Raise ValueError if a checkpoint is of a model with other weights than this.
+
+    Reads no weights, so the model may live on the meta device.
+    """
+    if path is not None:
+        theirs = read_checkpoint(path, mapped=True)["model"]
+        compare(path, theirs, model.state_dict())
+
+
+def compare(path: Path, theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+    """Raise ValueError unless a checkpoint's weights have our names and shapes."""
+    for name in [*ours, *theirs]:
+        there, here = (
+            tuple(state[name].shape) if name in state else "missing"
+            for state in (theirs, ours)
+        )
+        if there != here:
+            raise ValueError(
+                f"{path} is of another model ({name} is {there} there and {here} "
+                "here); set the sizes (unet_preset, layers_per_block, rank and so on) "
+                "as they were, or choose another output_dir, or set resume to none to "
+                "start from zero"
+            )
 
 
 def find_checkpoint(config: RunConfig) -> Path | None:
@@ -115,24 +129,6 @@ def find_checkpoint(config: RunConfig) -> Path | None:
             "output_dir of a run, auto or none"
         )
     return None
-
-
-def check_fits(path: Path | None, model: nn.Module) -> None:
-    """Raise ValueError if a checkpoint is of a model with other weights than this.
-
-    Reads no weights, so the model may live on the meta device.
-    """
-    if path is None:
-        return
-    theirs = read_checkpoint(path, mapped=True)["model"]
-    ours = model.state_dict()
-    for name in [*ours, *theirs]:
-        there, here = (
-            tuple(state[name].shape) if name in state else "missing"
-            for state in (theirs, ours)
-        )
-        if there != here:
-            raise other_model(path, f"{name} is {there} there and {here} here")
 
 
 def set_aside(folder: Path, first: int) -> None:
@@ -190,7 +186,7 @@ def find_start(run) -> int:
         for left in folder.glob(".*.tmp") if run.main else ():
             left.unlink()  # by a run that was killed while it wrote
         path = find_checkpoint(run.config)
-        first = load_checkpoint(path, run.parts) if path else 0
+        first = load_checkpoint(path, run.stateful) if path else 0
         run.log.cut(first)
         if run.main:
             set_aside(folder, first)

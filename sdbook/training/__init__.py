@@ -16,6 +16,12 @@ from ..run.checkpoints import (
 )
 from ..run.logs import Log, Meter
 from ..run.memory import keep_all, kept_bytes, memory_needed, recompute_blocks
+from ..run.parts import (
+    PRESETS,
+    TrainingConfig,
+    find_sizes,
+    preset_shape,
+)
 from ..run.plan import describe_plan, say_plan
 from ..run.processes import count_steps, is_main_process, make_accelerator
 from ..run.settings import RunConfig, check_side, open_dataset, setting
@@ -32,23 +38,12 @@ from .loop import (
     step_generator,
     take_step,
 )
-from .loss import ALL, DiffusionLoss, lean_to_noise, min_snr_weights
-from .unet import (
-    PRESETS,
-    TrainingConfig,
-    Validation,
-    asked_sizes,
-    find_sizes,
-    new_unet,
-    start_white,
-    train,
-    unet_from_zero,
-    whitening,
-)
+from .loss import ALL_ROWS, DiffusionLoss, lean_to_noise, min_snr_weights
+from .unet import Validation, new_unet, start_white, train, whitening
 from .vae import (
-    PerceptualDistance,
-    VAEGame,
+    VAELoss,
     VAETrainingConfig,
+    latent_noise,
     latent_spread,
     new_vae,
     reconstruction_psnr,

@@ -18,7 +18,7 @@ from ..clip import Tokenizer
 from ..images import short_name
 from ..run.tables import Rows, fingerprint
 
-__all__ = ["write_texts", "Encoded", "caption_ids", "warn_about_long", "write_moments"]
+__all__ = ["write_texts", "caption_ids", "warn_about_long", "write_moments", "Encoded"]
 
 
 @torch.no_grad()
@@ -34,6 +34,54 @@ def write_texts(table: "Rows", texts, text_encoder, tokenizer, batch_size=256) -
             table.append(names, states.half().cpu().numpy())
             bar.update(len(batch))
     warn_about_long(tokenizer, [text for _, text in missing])
+
+
+def caption_ids(tokenizer: Tokenizer, captions: list[str]) -> Int64[Tensor, "m n"]:
+    """Token ids of captions, without a warning for each that is too long."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "only .* tokens of the prompt fit")
+        return tokenizer(captions)
+
+
+def warn_about_long(tokenizer: Tokenizer, captions: list[str]) -> None:
+    """Warn, once for all of them, of captions that the text model sees in part only."""
+    rows = tokenizer.backend(captions, verbose=False)["input_ids"] if captions else []
+    room = tokenizer.max_length
+    long = [text for text, ids in zip(captions, rows, strict=True) if len(ids) > room]
+    if long:
+        warnings.warn(
+            f"{len(long):,} captions are longer than {room - 2} tokens, and the text "
+            "model does not see their ends; shorten them, or begin them with what "
+            "matters most (train-clip can also raise max_length). One of them: "
+            f"{long[0]!r}",
+            stacklevel=2,
+        )
+
+
+@torch.no_grad()
+def write_moments(
+    table: Rows, dataset, keys: list[str], vae, batch_size=128, num_workers=0
+) -> None:
+    """Add mean and log-variance (2c, h, w) of every item that the table lacks."""
+    device, known = next(vae.parameters()).device, table.numbers()
+    wanted = {key: number for number, key in enumerate(keys) if key not in known}
+    if not wanted:
+        return
+    source = dataset.unread(wanted)
+    loader = DataLoader(source, batch_size, collate_fn=list, num_workers=num_workers)
+    done = len(keys) - len(wanted)
+    with tqdm(total=len(keys), initial=done, desc="latents") as bar:
+        for items in loader:
+            bar.update(len(items))
+            good = [(key, pixels) for key, pixels in items if pixels is not None]
+            if good:
+                names, pixels = zip(*good)
+                pixels = torch.stack(pixels).to(
+                    device, memory_format=torch.channels_last
+                )
+                posterior = vae.encode(pixels)
+                moments = torch.cat([posterior.mean, posterior.logvar], 1)
+                table.append(list(names), moments.half().cpu().numpy())
 
 
 class Encoded(Dataset):
@@ -101,51 +149,3 @@ class Encoded(Dataset):
     def __setstate__(self, state: dict) -> None:
         self.__dict__ = state
         self.moments, self.texts = (table.open() for table in self.tables)
-
-
-def caption_ids(tokenizer: Tokenizer, captions: list[str]) -> Int64[Tensor, "m n"]:
-    """Token ids of captions, without a warning for each that is too long."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "only .* tokens of the prompt fit")
-        return tokenizer(captions)
-
-
-def warn_about_long(tokenizer: Tokenizer, captions: list[str]) -> None:
-    """Warn, once for all of them, of captions that the text model sees in part only."""
-    rows = tokenizer.backend(captions, verbose=False)["input_ids"] if captions else []
-    room = tokenizer.max_length
-    long = [text for text, ids in zip(captions, rows, strict=True) if len(ids) > room]
-    if long:
-        warnings.warn(
-            f"{len(long):,} captions are longer than {room - 2} tokens, and the text "
-            "model does not see their ends; shorten them, or begin them with what "
-            "matters most (train-clip can also raise max_length). One of them: "
-            f"{long[0]!r}",
-            stacklevel=2,
-        )
-
-
-@torch.no_grad()
-def write_moments(
-    table: Rows, dataset, keys: list[str], vae, batch_size=128, num_workers=0
-) -> None:
-    """Add mean and log-variance (2c, h, w) of every item that the table lacks."""
-    device, known = next(vae.parameters()).device, table.numbers()
-    wanted = {key: number for number, key in enumerate(keys) if key not in known}
-    if not wanted:
-        return
-    source = dataset.unread(wanted)
-    loader = DataLoader(source, batch_size, collate_fn=list, num_workers=num_workers)
-    done = len(keys) - len(wanted)
-    with tqdm(total=len(keys), initial=done, desc="latents") as bar:
-        for items in loader:
-            bar.update(len(items))
-            good = [(key, pixels) for key, pixels in items if pixels is not None]
-            if good:
-                names, pixels = zip(*good)
-                pixels = torch.stack(pixels).to(
-                    device, memory_format=torch.channels_last
-                )
-                posterior = vae.encode(pixels)
-                moments = torch.cat([posterior.mean, posterior.logvar], 1)
-                table.append(list(names), moments.half().cpu().numpy())

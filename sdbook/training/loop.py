@@ -29,16 +29,22 @@ from ..run.progress import StopNote, leave_signals_to_main, progress
 from ..run.settings import RunConfig
 
 __all__ = [
-    "StepSampler",
     "step_generator",
+    "StepSampler",
     "learning_rate_at",
     "EMA",
     "Run",
     "take_step",
-    "optimise",
     "as_it_is",
     "step_loader",
+    "optimise",
 ]
+
+
+def step_generator(seed: int, step: int, device="cpu") -> torch.Generator:
+    """A random generator that depends on the step alone, so resuming is exact."""
+    words = np.random.SeedSequence((seed, step)).generate_state(2)
+    return torch.Generator(device).manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
 class StepSampler(Sampler):
@@ -78,12 +84,6 @@ class StepSampler(Sampler):
             for part in range(self.parts):
                 start = part * self.world + self.rank
                 yield picks[start :: self.world * self.parts]
-
-
-def step_generator(seed: int, step: int, device="cpu") -> torch.Generator:
-    """A random generator that depends on the step alone, so resuming is exact."""
-    words = np.random.SeedSequence((seed, step)).generate_state(2)
-    return torch.Generator(device).manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
 def learning_rate_at(step: int, config: RunConfig) -> float:
@@ -137,35 +137,41 @@ class Run:
         self.device, self.main = accelerator.device, accelerator.is_main_process
         self.config = config = count_steps(config, size, self.world)
         self.pictures = pictures_per_step(config, self.world)
+
         self.module = module.to(self.device, memory_format=torch.channels_last)
         self.ema = EMA(module, config.ema_decay) if config.ema_decay else None
         self.averaged = self.ema.shadow if self.ema else module
+        if getattr(config, "gradient_checkpointing", False):
+            recompute_blocks(module)
         optimiser = torch.optim.AdamW(
             module.parameters(), lr=config.learning_rate,
             weight_decay=config.weight_decay, fused=True,
         )  # fmt: skip
-        if getattr(config, "gradient_checkpointing", False):
-            recompute_blocks(module)
         compiled = torch.compile(module) if config.compile else module
         self.wrapped, self.optimiser = accelerator.prepare(compiled, optimiser)
+
         self.meter = Meter()
         self.log = Log(Path(config.output_dir) / "log.jsonl", self.main)
-        self.parts = {"model": module, "optimiser": optimiser, "meter": self.meter}
-        self.parts |= {"ema": self.averaged} if self.ema else {}
-        self.parts |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
-        facts = {"processes": self.world, "pictures": size}
-        self.parts |= {"settings": SettingsRecord(config, **facts)} if self.main else {}
+        self.stateful = {"model": module, "optimiser": optimiser, "meter": self.meter}
+        if self.ema:
+            self.stateful["ema"] = self.averaged
+        if accelerator.scaler:
+            self.stateful["scaler"] = accelerator.scaler
+        if self.main:
+            record = SettingsRecord(config, processes=self.world, pictures=size)
+            self.stateful["settings"] = record
         self.first = find_start(self)
         open_tracker(self)
 
     def learning_rate(self, step: int) -> float:
+        """The learning rate of a step."""
         return self.config.learning_rate * learning_rate_at(step, self.config)
 
     def save(self, step: int) -> None:
         """Write a checkpoint of what is so after `step` steps."""
         if self.main:
             folder = Path(self.config.output_dir) / "checkpoints"
-            save_checkpoint(folder, step, self.parts, self.config.keep_checkpoints)
+            save_checkpoint(folder, step, self.stateful, self.config.keep_checkpoints)
 
     def finish(self) -> nn.Module:
         """Undo what training put around the module; the (averaged) weights."""
@@ -208,42 +214,6 @@ def take_step(run: Run, step: int, loss_of: Callable, batches) -> None:
         run.ema.update(run.module, step)
 
 
-def optimise(
-    config: RunConfig,
-    module: nn.Module,
-    dataset: Dataset,
-    loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
-    validate: Callable[[nn.Module], dict[str, float]] | None = None,
-    collate: Callable | None = None,
-    sample: Callable[[nn.Module], Image.Image] | None = None,
-) -> nn.Module:
-    """Train `module` for `config.max_steps` and return its (averaged) weights.
-
-    `loss_of(module, batch, generator, rows)` gives the loss and numbers to log. All
-    chance in it comes from the generator, which is the same for all parts of a step:
-    `rows`, a slice, are the pictures of the step that this batch has.
-    `validate(module)` gives numbers every `validate_every` steps, `sample(module)` a
-    picture every `sample_every`; both get the averaged weights. Numbers go to
-    `output_dir/log.jsonl`, checkpoints to `output_dir/checkpoints`. Ctrl-C writes one
-    and raises KeyboardInterrupt.
-    """
-    run = Run(config, module, len(dataset))
-    with StopNote() as note:
-        batches = iter(step_loader(run, dataset, collate))
-        for step in progress(run):
-            parts = islice(batches, config.gradient_accumulation_steps)
-            take_step(run, step, loss_of, parts)
-            report(run, step + 1, validate, sample)
-            stop = note.is_written(run.accelerator)
-            if stop or is_due(step + 1, config.checkpoint_every, run.config):
-                run.save(step + 1)
-            if stop:
-                raise KeyboardInterrupt(
-                    f"after step {step + 1}; the same command goes on from there"
-                )
-    return run.finish()
-
-
 def as_it_is(batch):
     """The collation of a dataset that already gives whole batches."""
     return batch
@@ -269,3 +239,39 @@ def step_loader(run: Run, dataset: Dataset, collate=None) -> DataLoader:
         dataset, batch_sampler=sampler, collate_fn=collate,
         persistent_workers=config.num_workers > 0, **workers,
     )  # fmt: skip
+
+
+def optimise(
+    config: RunConfig,
+    module: nn.Module,
+    dataset: Dataset,
+    loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    validate: Callable[[nn.Module], dict[str, float]] | None = None,
+    collate: Callable | None = None,
+    sample: Callable[[nn.Module], Image.Image] | None = None,
+) -> nn.Module:
+    """Train `module` for `config.max_steps` and return its (averaged) weights.
+
+    `loss_of(module, batch, generator, rows)` gives the loss and numbers to log. All
+    chance in it comes from the generator, which is the same for all parts of a step:
+    `rows`, a slice, are the pictures of the step that this batch has.
+    `validate(module)` gives numbers every `validate_every` steps, `sample(module)` a
+    picture every `sample_every`; both get the averaged weights. Numbers go to
+    `output_dir/log.jsonl`, checkpoints to `output_dir/checkpoints`. Ctrl-C writes one
+    and raises KeyboardInterrupt.
+    """
+    run = Run(config, module, len(dataset))
+    with StopNote() as note:
+        batches = iter(step_loader(run, dataset, collate))
+        for step in progress(run):
+            ours = islice(batches, config.gradient_accumulation_steps)
+            take_step(run, step, loss_of, ours)
+            report(run, step + 1, validate, sample)
+            stop = note.is_written(run.accelerator)
+            if stop or is_due(step + 1, config.checkpoint_every, run.config):
+                run.save(step + 1)
+            if stop:
+                raise KeyboardInterrupt(
+                    f"after step {step + 1}; the same command goes on from there"
+                )
+    return run.finish()

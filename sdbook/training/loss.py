@@ -11,10 +11,9 @@ from ..vae import DiagonalGaussian
 
 __all__ = [
     "min_snr_weights",
-    "ALL",
-    "lean_to_noise",
-    "Corruption",
+    "ALL_ROWS",
     "DiffusionLoss",
+    "lean_to_noise",
     "mean_where",
 ]
 
@@ -36,63 +35,10 @@ def min_snr_weights(
     return worth / error_in_x0[scheduler.config.prediction_type]
 
 
-ALL = slice(0, None, 1)  # of a step that is not shared
+ALL_ROWS = slice(0, None, 1)  # of a step that one process takes at once
 
 
-def lean_to_noise(place: Float[Tensor, "b"], share: float) -> Float[Tensor, "b"]:
-    """Move places in [0, 1) so that `share` of them go to the last quarter instead.
-
-    Those that were in it stay; the order stays, too.
-    """
-    early = 0.75 * (1 - share)  # what the first three quarters keep
-    slow = 0.75 * place / max(early, 1e-9)
-    fast = 0.75 + 0.25 * (place - early) / (1 - early)
-    return torch.where(place < early, slow, fast)
-
-
-class Corruption:
-    """All that chance decides in a step, drawn for the whole step at once.
-
-    `rows` is a slice of the step's pictures: a process or a part of a batch gets its
-    own, so that the number of processes and parts changes nothing.
-    """
-
-    def __init__(
-        self, scheduler, scale, caption_dropout=0.0, noisy_share=0.0
-    ):
-        self.scheduler, self.scale = scheduler, scale
-        self.caption_dropout, self.noisy_share = caption_dropout, noisy_share
-
-    def draw(
-        self, moments: Float[Tensor, "b c2 h w"], generator: torch.Generator,
-        rows: slice = ALL,
-    ):  # fmt: skip
-        """x0, noise, timesteps, whose caption is dropped.
-
-        The timesteps are spread evenly over the batch, one from each of its parts;
-        `noisy_share` of them are moved to the noisiest quarter.
-        """
-        device, count = generator.device, len(moments) * rows.step
-        posterior = DiagonalGaussian(moments)
-        c, h, w = posterior.mean.shape[1:]
-
-        def normal(*shape):
-            return torch.randn(count, *shape, generator=generator, device=device)
-
-        def uniform():
-            return torch.rand(count, generator=generator, device=device)
-
-        latents = posterior.mean + posterior.std * normal(c, h, w)[rows]
-        dropped = (uniform() < self.caption_dropout)[rows]
-        place = (torch.arange(count, device=device) + uniform()) / count
-        place = lean_to_noise(place, self.noisy_share)[rows]
-        last = self.scheduler.num_train_timesteps - 1
-        t = (place * (last + 1)).long().clamp(max=last)  # place can round up to 1
-        noise = normal(c, h, w)[rows]
-        return latents * self.scale, noise, t, dropped
-
-
-class DiffusionLoss(Corruption):
+class DiffusionLoss:
     """Noise a latent, ask the UNet what was added, compare (Ho et al., 2020).
 
     `scale` is the VAE's scaling factor and `empty` (n, d) the states of the empty
@@ -104,9 +50,10 @@ class DiffusionLoss(Corruption):
         self, scheduler, scale, empty, caption_dropout=0.0, snr_gamma=0.0,
         snr_power=1.0, noisy_share=0.0,
     ):  # fmt: skip
-        super().__init__(scheduler, scale, caption_dropout, noisy_share)
+        self.scheduler, self.scale, self.empty = scheduler, scale, empty
+        self.caption_dropout, self.noisy_share = caption_dropout, noisy_share
         weights = min_snr_weights(scheduler, snr_gamma, snr_power)
-        self.empty, self.weights = empty, weights.to(empty.device)
+        self.weights = weights.to(empty.device)
 
     def errors(self, unet, x0, noise, t, context) -> Float[Tensor, "b"]:
         """Mean squared error of the UNet's answer, for each latent."""
@@ -115,7 +62,31 @@ class DiffusionLoss(Corruption):
         target = self.scheduler.target(x0, noise, t)
         return (answer - target).square().mean((1, 2, 3))
 
-    def __call__(self, unet, batch, generator: torch.Generator, rows: slice = ALL):
+    def draw(
+        self, moments: Float[Tensor, "b c2 h w"], generator: torch.Generator,
+        rows: slice = ALL_ROWS,
+    ):  # fmt: skip
+        """All that chance decides: x0, noise, timesteps, whose caption is dropped.
+
+        It is drawn for the whole step, of whose pictures these are the `rows`, so that
+        the number of processes and parts changes nothing. The timesteps are spread
+        evenly over the step, one from each of its pieces.
+        """
+        device, count = generator.device, len(moments) * rows.step
+        posterior = DiagonalGaussian(moments)
+        shape = (count, *posterior.mean.shape[1:])
+        means = torch.randn(shape, generator=generator, device=device)[rows]
+        x0 = self.scale * (posterior.mean + posterior.std * means)
+        chance = torch.rand(count, generator=generator, device=device)[rows]
+        place = torch.arange(count, device=device)
+        place = (place + torch.rand(count, generator=generator, device=device)) / count
+        place = lean_to_noise(place[rows], self.noisy_share)
+        last = self.scheduler.num_train_timesteps - 1
+        t = (place * (last + 1)).long().clamp(max=last)  # place can round up to 1
+        noise = torch.randn(shape, generator=generator, device=device)[rows]
+        return x0, noise, t, chance < self.caption_dropout
+
+    def __call__(self, unet, batch, generator: torch.Generator, rows: slice = ALL_ROWS):
         """The loss of a batch (moments, states or ids), and numbers for the log."""
         moments, texts = batch[0].to(generator.device).float(), batch[1].to(self.empty)
         x0, noise, t, dropped = self.draw(moments, generator, rows)
@@ -129,6 +100,17 @@ class DiffusionLoss(Corruption):
             "error_high_noise": mean_where(t >= len(self.weights) - third, error),
         }
         return (self.weights[t] * error).mean(), numbers
+
+
+def lean_to_noise(place: Float[Tensor, "b"], share: float) -> Float[Tensor, "b"]:
+    """Move places in [0, 1) so that `share` of them go to the last quarter instead.
+
+    Those that were in it stay; the order stays, too.
+    """
+    early = 0.75 * (1 - share)  # what the first three quarters keep
+    slow = 0.75 * place / max(early, 1e-9)
+    fast = 0.75 + 0.25 * (place - early) / (1 - early)
+    return torch.where(place < early, slow, fast)
 
 
 def mean_where(chosen: Tensor, values: Tensor) -> Tensor:

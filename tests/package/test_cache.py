@@ -427,7 +427,7 @@ def test_a_failure_is_recorded(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     tool = load_tool("record_failures")
     flags = "--max_steps 2 --num_pictures 8 --batch_size 2 --num_validation 4 "
-    flags += "--log_every 1 --unet_dim 16 --norm_num_groups 4"
+    flags += "--log_every 1 --unet_dim 16"
     places = ["--runs", str(tmp_path / "runs"), "--data", str(tmp_path / "data")]
     tool.main(["--only", "deaf", *places, "--", *flags.split()])
     lines = (tmp_path / "data/deaf.jsonl").read_text().splitlines()

@@ -1,9 +1,11 @@
 """The command line: every flag, pictures that can be made again, bad input."""
 
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -15,10 +17,11 @@ import torch
 import yaml
 from helpers import small_pipeline
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import sdbook
 from sdbook import StableDiffusion
-from sdbook.__main__ import COMMANDS, gather_prompts, main, open_picture
+from sdbook.__main__ import COMMANDS, main, open_picture
 from sdbook.data import Scenes, write_folder
 from sdbook.finetuning import (
     LoRA,
@@ -257,12 +260,28 @@ def test_half_precision_draws_nearly_the_same(draw, dtype):
     assert np.abs(pixels(plain) - pixels(half)).mean() < 4
 
 
-def test_gather_prompts():
-    assert gather_prompts(["--seed", "1"]) == ["--seed", "1"]
-    assert gather_prompts(["--prompt"]) == ["--prompt"]
-    gathered = gather_prompts(["--prompt", "a", "", "3", "--seed", "1"])
-    assert gathered == ["--prompt", '["a", "", "3"]', "--seed", "1"]
-    assert gather_prompts(["--prompt=a b"]) == ["--prompt=a b"]
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        ("a red star 🍎",),
+        ("a red star 🍎", "b"),
+        ("[x]", '["a", "b"]', "{a: b}", "3", "null", "", "- a"),
+        ("a\x01\x7f\x85\u2028b", "über 𝔸 👩‍🚀"),
+    ],
+    ids=["emoji", "two", "looks like YAML", "control characters"],
+)
+def test_a_prompt_is_drawn_as_it_is_typed(prompts, draw):
+    path = draw(prompt=prompts, steps=1)
+    for number, text in enumerate(prompts):
+        file = path.with_name(f"out-{number}.png") if number else path
+        assert Image.open(file).text["prompt"] == text
+
+
+def test_a_prompt_with_an_equals_sign(model, tmp_path):
+    flags = ["--checkpoint_path", str(model), "--num_inference_steps", "1"]
+    flags += ["--output_path", str(tmp_path / "a.png")]
+    main(["sample", "--prompt=a 🍎 b", *flags])
+    assert Image.open(tmp_path / "a.png").text["prompt"] == "a 🍎 b"
 
 
 # ---- config files ----
@@ -287,13 +306,12 @@ def test_flags_override_the_config(tmp_path, capsys):
 
 
 def test_a_printed_config_is_a_config(tmp_path, capsys):
-    first = print_config(
-        capsys, "train", "--unet_channels", "[32, 64]", "--batch_size", "3"
-    )
+    flags = ["--kinds", "[single, two]", "--batch_size", "3", "--flip"]
+    first = print_config(capsys, "train", *flags)
     file = tmp_path / "printed.yaml"
     file.write_text(yaml.safe_dump(first))
     assert print_config(capsys, "train", "--config", str(file)) == first
-    assert first["unet_channels"] == [32, 64]
+    assert first["kinds"] == ["single", "two"] and first["flip"] is True
 
 
 def test_prompts_in_a_config(draw, model, tmp_path):
@@ -323,7 +341,7 @@ def test_unknown_keys_are_named(command, capsys, tmp_path):
         ("sample", "dtype", "int8"),
         ("evaluate", "num_prompts", "many"),
         ("train", "batch_size", "1.5"),
-        ("train", "unet_channels", "[32, wide]"),
+        ("train", "unet_dim", "[32, wide]"),
         ("train-vae", "learning_rate", "fast"),
         ("train-clip", "twins", "3"),
     ],
@@ -397,16 +415,25 @@ def test_a_plan_of_a_fine_tuning(tmp_path, capsys):
     assert "wrote" not in said and not (tmp_path / "run").exists()
 
 
-def test_ctrl_c_in_a_training(capsys, monkeypatch):
-    def stop(config):
-        raise KeyboardInterrupt("after step 3; the same command goes on from there")
+def test_ctrl_c_in_a_training(capsys, tmp_path):
+    left = iter(range(2))
 
-    monkeypatch.setattr("sdbook.training.train_vae", stop)
-    with pytest.raises(SystemExit) as exit_:
-        main(["train-vae"])
+    def ctrl_c(optimiser, *given):
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    flags = ["--output_dir", str(tmp_path), "--block_out_channels", "[8, 8]"]
+    flags += ["--norm_num_groups", "4", "--batch_size", "2", "--max_steps", "9"]
+    hook = register_optimizer_step_post_hook(ctrl_c)
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            main(["train-vae", *flags, "--validate_every", "0"])
+    finally:
+        hook.remove()
     assert exit_.value.code == 130
     said = capsys.readouterr().err
     assert "stopped after step 3; the same command goes on" in said
+    assert (tmp_path / "checkpoints" / "step-00000003.pt").exists()
 
 
 def test_every_shipped_config_is_tested():

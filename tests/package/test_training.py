@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,10 @@ from sdbook.data import (
     write_folder,
 )
 from sdbook.evaluation import Judge, satisfies
-from sdbook.pipeline import StableDiffusion, to_pictures
+from sdbook.files import write_json
+from sdbook.pipeline import StableDiffusion, find_model, to_pictures
+from sdbook.run.parts import asked_shape
+from sdbook.run.settings import check_settings
 from sdbook.schedulers import DDIMScheduler
 from sdbook.training import (
     EMA,
@@ -39,14 +42,11 @@ from sdbook.training import (
     DiffusionLoss,
     Log,
     Meter,
-    PerceptualDistance,
     RunConfig,
     StepSampler,
     TrainingConfig,
     Twins,
-    VAEGame,
     VAETrainingConfig,
-    asked_sizes,
     check_fits,
     exchange,
     find_sizes,
@@ -57,13 +57,14 @@ from sdbook.training import (
     min_snr_weights,
     open_dataset,
     optimise,
+    preset_shape,
     save_checkpoint,
+    setting,
     start_certain,
     step_generator,
     train,
     train_clip,
     train_vae,
-    unet_from_zero,
     whitening,
 )
 from sdbook.unet import UNet, UNetConfig, start_as_identity
@@ -79,9 +80,7 @@ TOY_CLIP = dict(
     TOY, vocab_size=540, max_length=48, hidden_size=32, num_hidden_layers=1,
     num_attention_heads=2,
 )  # fmt: skip
-TOY_UNET = dict(
-    TOY, unet_channels=(16, 16), attention_levels=(1,), num_heads=2, norm_num_groups=8
-)
+TOY_UNET = dict(TOY, unet_preset="tiny", unet_dim=16)
 STABLE_DIFFUSION = dict(
     beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
 )
@@ -655,7 +654,8 @@ def test_killed_at_random_moments_and_inside_checkpoints(tmp_path):
     "options, message",
     [
         ({"batch_size": 0}, "batch_size is 0; give at least 1"),
-        ({"num_heads": 0}, "num_heads is 0; give at least 1"),
+        ({"unet_dim": 0}, "unet_dim is 0; give at least 1"),
+        ({"learning_rate": math.nan}, "learning_rate is nan; give more than 0"),
         ({"max_steps": -1}, "max_steps is -1"),
         ({"log_every": 0}, "log_every is 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0; give more than 0"),
@@ -667,9 +667,10 @@ def test_killed_at_random_moments_and_inside_checkpoints(tmp_path):
         ({"keep_checkpoints": 0}, "keep_checkpoints is 0; give at least 1"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
         ({"num_train_epochs": 0}, "num_train_epochs is 0; give at least 1"),
-        ({"unet_preset": "huge"}, "unet_preset 'huge' is none of tiny, small, base"),
-        ({"unet_dim": 40, "unet_channels": (16, 32)}, "unet_dim is 40 .*give one of"),
-        ({"unet_dim": 40}, r"unet_channels \(40, 80, 120\) do not split into norm"),
+        ({"unet_preset": "huge"}, "unet_preset 'huge' is none of tiny, scenes, small"),
+        ({"unet_dim": 40, "unet_config": "a.json"}, "unet_config is a.json.* one of"),
+        ({"unet_config": "there/is/none.json"}, "there is no folder there/is"),
+        ({"unet_dim": 40}, r"\(40, 80, 120\) do not split into norm_num"),
         ({"rescale_betas_zero_snr": True}, "prediction_type 'epsilon'.* v_prediction"),
         ({"beta_schedule": "quadratic"}, "beta_schedule='quadratic'"),
         ({"prediction_type": "noise"}, "prediction_type='noise'"),
@@ -677,16 +678,38 @@ def test_killed_at_random_moments_and_inside_checkpoints(tmp_path):
         ({"snr_gamma": -1.0}, "snr_gamma is -1.0"),
         ({"snr_power": 1.5}, "snr_power is 1.5; give at most 1"),
         ({"noisy_share": 1.5}, "noisy_share is 1.5; give at most 1"),
-        ({"attention_levels": (3,)}, "attention_levels .* give numbers from 0 to 2"),
-        ({"unet_channels": (24, 32)}, "do not split into norm_num_groups 16"),
-        ({"unet_channels": (16, 32), "num_heads": 3}, "do not split into num_heads 3"),
     ],
 )
 def test_settings_that_cannot_be_meant(options, message):
-    if "unet_channels" in options:
-        options = {"attention_levels": (1,), **options}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         TrainingConfig(**options)
+
+
+def test_every_setting_knows_its_limits_by_itself():
+    """A field that is given another name takes its limits along."""
+
+    @dataclass(frozen=True)
+    class Mine(RunConfig):
+        width: int = setting(8, at_least=2)
+        widths: tuple[int, ...] = setting((8, 8), at_least=2)
+        share: float = setting(0.5, more_than=0, below=1)
+
+    assert Mine(share=0.9).width == 8
+    for name, value in (("width", 1), ("widths", (4, 1)), ("share", 1), ("share", 0)):
+        with pytest.raises(ValueError, match=f"{name} is .*; give "):
+            Mine(**{name: value})
+    with pytest.raises(TypeError, match="knows no at_last"):
+        setting(8, at_last=2)
+
+
+def test_a_blank_value_is_named():
+    for kind in (TrainingConfig, VAETrainingConfig, CLIPTrainingConfig):
+        for one in fields(kind):
+            config = kind()
+            object.__setattr__(config, one.name, None)  # as a YAML file can have it
+            if one.default is not None:
+                with pytest.raises(ValueError, match=f"{one.name} has no value; give"):
+                    check_settings(config)
 
 
 def test_fp16_needs_a_gpu():
@@ -719,12 +742,29 @@ def test_missing_frozen_parts_say_what_to_run(tmp_path, frozen):
 
 
 def test_a_preset_and_its_width():
-    sd15 = unet_from_zero(TrainingConfig(unet_preset="sd15"))
-    assert sd15 == UNetConfig()
-    half = asked_sizes(TrainingConfig(unet_preset="sd15", unet_dim=160))
-    assert half["unet_channels"] == (160, 320, 640, 640)
-    own = asked_sizes(TrainingConfig(unet_preset="tiny", layers_per_block=3))
-    assert own["layers_per_block"] == 3 and own["unet_channels"] == (32, 64)
+    assert preset_shape("sd15") == UNetConfig()
+    half = preset_shape("sd15", 160)
+    assert half.block_out_channels == (160, 320, 640, 640)
+    assert asked_shape(TrainingConfig()) == preset_shape("small")
+    shipped = UNet.find_config(find_model("scenes") / "unet")
+    fitted = ("sample_size", "in_channels", "out_channels", "cross_attention_dim")
+    fitted = {name: getattr(shipped, name) for name in fitted}
+    assert replace(preset_shape("scenes"), **fitted) == shipped
+
+
+def test_a_unet_of_any_shape(tmp_path):
+    shape = replace(
+        preset_shape("tiny"), block_out_channels=(24, 32), attention_head_dim=(2, 4)
+    )
+    file = tmp_path / "unet.json"
+    write_json({"_class_name": "UNet2DConditionModel", **shape.to_dict()}, file)
+    assert asked_shape(TrainingConfig(unet_config=str(file))) == shape
+    write_json({**shape.to_dict(), "attention_head_dim": 5}, file)
+    with pytest.raises(ValueError, match="do not split into attention_head_dim 5"):
+        TrainingConfig(unet_config=str(file))
+    file.write_text("{")
+    with pytest.raises(ValueError, match="unet.json is not valid JSON"):
+        TrainingConfig(unet_config=str(file))
 
 
 def test_what_a_forward_pass_keeps():
@@ -835,87 +875,11 @@ def test_long_captions_are_one_warning(tmp_path, recwarn):
     assert len(said) == 1 and re.search(r"\d+ captions are longer than 6 .*'a", said[0])
 
 
-def test_each_player_learns_from_its_own_score():
-    """The critic is not moved by the reward for fooling it, nor the VAE by its loss."""
-    config = VAETrainingConfig(**TOY_VAE, critic_weight=0.5, critic_start=0)
-    game = VAEGame(config, training.new_vae(config))
-    pixels, noise = torch.rand(2, 3, 16, 16), torch.randn(2, 4, 4, 4)
-    loss, numbers = game(pixels, noise)
-    loss.backward()
-    vae, critic = (
-        [weight.grad.clone() for weight in part.parameters()]
-        for part in (game.vae, game.critic)
-    )
-    game.zero_grad()
-    posterior = game.vae.encode(pixels)
-    rebuilt = game.vae.decode(posterior.mean + posterior.std * noise)
-    real, made = game.critic(pixels), game.critic(rebuilt.detach())
-    told = ((1 - real).relu().mean() + (1 + made).relu().mean()) / 2
-    expected = torch.autograd.grad(told, list(game.critic.parameters()))
-    for ours, theirs in zip(critic, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
-    error = rebuilt - pixels
-    plain = 0.1 * error.abs().mean() + error.square().mean()
-    last = game.vae.decoder.conv_out.weight
-    fooled = -game.critic(rebuilt).mean()
-    lengths = [
-        torch.autograd.grad(x, last, retain_graph=True)[0].norm()
-        for x in (plain, fooled)
-    ]  # fmt: skip
-    factor = lengths[0] / (lengths[1] + 1e-4)
-    torch.testing.assert_close(numbers["critic_factor"], factor, rtol=1e-3, atol=0)
-    kl = posterior.kl().mean() / pixels[0].numel()
-    whole = plain + game.config.kl_weight * kl + 0.5 * factor.detach() * fooled
-    expected = torch.autograd.grad(whole, list(game.vae.parameters()))
-    for ours, theirs in zip(vae, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
-
-
-def test_the_critic_starts_late_and_a_stop_is_exact(frozen, tmp_path):
-    config = VAETrainingConfig(
-        output_dir=f"{tmp_path}/whole", **TOY_VAE,
-        critic_weight=0.1, critic_start=2, perceptual_weight=1.0,
-        perceptual_path=f"{frozen}/clip",
-    )  # fmt: skip
-    train_vae(config)
-    log = log_of(config.output_dir)
-    assert ["critic" in x for x in log] == [False, False, True, True]
-    assert all(x["perceptual"] > 0 for x in log)
-    stopped = replace(config, output_dir=f"{tmp_path}/stopped")
-    with power_cut(3):
-        train_vae(stopped)
-    train_vae(stopped)
-    assert same(*(checkpoint_of(c.output_dir) for c in (config, stopped)))
-
-
-def test_what_looks_alike(frozen):
-    distance = PerceptualDistance(frozen / "clip")
-    picture = torch.stack([Scenes(64)[i][0] for i in range(4)])
-    assert distance(picture, picture) == 0
-    near, far = picture + 0.01 * torch.randn_like(picture), picture.flip(0)
-    assert 0 < distance(picture, near) < distance(picture, far)
-    assert not any(weight.requires_grad for weight in distance.parameters())
-
-
-def test_the_stages_of_vgg(tmp_path, monkeypatch):
-    from torchvision.models import vgg16
-
-    (tmp_path / "vgg16.pth").write_bytes(b"")
-    with torch.device("meta"):  # half a gigabyte of weights that nobody needs here
-        state = vgg16(weights=None).state_dict()
-        monkeypatch.setattr(torch, "load", lambda *given, **more: state)
-        distance = PerceptualDistance(tmp_path / "vgg16.pth")
-    assert [len(stage) for stage in distance.stages] == [5, 5, 7, 7, 7]
-    assert all(isinstance(stage[-1], nn.ReLU) for stage in distance.stages)
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"l1_weight": 0.0, "l2_weight": 0.0}, "l1_weight and l2_weight are both 0"),
-        ({"perceptual_weight": 1.0}, "perceptual_path None; give the output_dir of"),
-        ({"critic_weight": 0.1, "compile": True}, "critic_weight .*set compile to fal"),
-        ({"critic_weight": -0.1}, "critic_weight is -0.1; give at least 0"),
+        ({"kl_weight": -0.1}, "kl_weight is -0.1; give at least 0"),
         ({"block_out_channels": (12, 16)}, "block_out_channels .* norm_num_groups 8"),
     ],
 )
@@ -988,8 +952,8 @@ def test_going_on_from_another_pipeline(unet_config, frozen):
     assert same(dict(first.unet.state_dict()), dict(again.unet.state_dict()))
     assert same(dict(first.vae.state_dict()), dict(again.vae.state_dict()))
     assert again.unet.config.sample_size == 2 * first.unet.config.sample_size
-    with pytest.raises(ValueError, match=r"unet_channels is \(16, 32\).*has \(16, 16"):
-        train(replace(second, unet_channels=(16, 32)))
+    with pytest.raises(ValueError, match=r"channels would be \(24, 48\).*has \(16, 32"):
+        train(replace(second, unet_preset="tiny", unet_dim=24))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         train(replace(second, pretrained="nowhere"))
     with pytest.warns(UserWarning, match="prediction_type is sample.*with epsilon"):
@@ -999,7 +963,7 @@ def test_going_on_from_another_pipeline(unet_config, frozen):
         num_attention_heads=2,
     ))  # fmt: skip
     other.save_pretrained(f"{second.output_dir}/other")
-    with pytest.raises(ValueError, match="text_encoder_path: .*dim 32, but .* 16"):
+    with pytest.raises(ValueError, match="text_encoder_path: .*be 16, .*has 32"):
         train(replace(second, text_encoder_path=f"{second.output_dir}/other"))
 
 
@@ -1017,7 +981,7 @@ def test_resuming_with_other_sizes_is_refused_first(unet_config, monkeypatch):
     monkeypatch.setattr(AutoencoderKL, "from_pretrained", refuse)
     monkeypatch.setattr(Scenes, "__init__", refuse)
     with pytest.raises(ValueError, match="another model.*unet_preset.*resume"):
-        train(replace(unet_config, unet_channels=(16, 32)))
+        train(replace(unet_config, unet_dim=32))
 
 
 def test_the_plan_and_nothing_else(unet_config, capsys):
