@@ -626,10 +626,10 @@ def dpmpp_2m_step(x: Sample, sigmas: Levels, x0s: Samples, following: Level) -> 
     """
     signal, spread = unit_shares(following)
     _, spread_now = unit_shares(sigmas[-1])
-    h = log_snr(following) - log_snr(sigmas[-1])
-    x0 = x0s[-1]
-    if len(x0s) > 1 and following > 0:
-        h_before = log_snr(sigmas[-1]) - log_snr(sigmas[-2])
+    now, x0 = log_snr(sigmas[-1]), x0s[-1]
+    h = log_snr(following) - now
+    if len(x0s) > 1 and float(following) > 0:
+        h_before = now - log_snr(sigmas[-2])
         x0 = x0 + h / (2 * h_before) * (x0 - x0s[-2])
     return spread / spread_now * x - signal * torch.expm1(-h) * x0
 
@@ -644,11 +644,12 @@ def unic_step(
     """
     signal, spread = unit_shares(arrived)
     _, spread_before = unit_shares(sigmas[-1])
-    h = log_snr(arrived) - log_snr(sigmas[-1])
+    start = log_snr(sigmas[-1])
+    h = log_snr(arrived) - start
     decay = torch.expm1(-h)
     change = (x0 - x0s[-1]) / 2
     if len(x0s) > 1:
-        r = (log_snr(sigmas[-2]) - log_snr(sigmas[-1])) / h
+        r = (log_snr(sigmas[-2]) - start) / h
         line = (-decay / h - 1) / decay  # the weight of x0 that goes as λ
         square = 2 * ((decay / h + 1) / h - 0.5) / decay  # and as λ²
         before = (line - square) / (1 - r)

@@ -586,6 +586,7 @@ def offline(cache, code):
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_found_in_the_cache_without_a_network(pipe, folder, tmp_path):
     place = tmp_path / "models--owner--model"
     for revision, commit, source in (
@@ -997,6 +998,7 @@ def larger(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts in KiB")
 @pytest.mark.parametrize(
     "name, dtype",
