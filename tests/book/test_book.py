@@ -21,6 +21,7 @@ import pytest
 from helpers import load_tool
 from PIL import Image
 
+pytestmark = pytest.mark.slow  # the whole book is built
 ROOT = Path(__file__).parents[2]
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
 BROWSERS = (

@@ -68,6 +68,13 @@ def test_every_chapter_can_be_opened_in_colab_from_the_readme():
     assert start + CHAPTERS[0].name in read("index.md")
 
 
+def test_the_readme_says_which_modules_a_chapter_writes():
+    rows = r"^\| \[.*\]\(chapters/(\S+)\) \|.*\| (.*) \| \[open\]"
+    for chapter, listed in re.findall(rows, read("README.md"), re.M):
+        written = load_tool("export").read_chapter(ROOT / "chapters" / chapter).modules
+        assert sorted(re.findall(r"`(.*?)`", listed)) == sorted(written), chapter
+
+
 # Colab ------------------------------------------------------------------------
 
 
@@ -286,6 +293,7 @@ def as_pinned():
     return sys.version_info >= (3, 11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_running_a_chapter_again_changes_nothing(name, monkeypatch):
     """Nothing at all with the pinned versions; else nothing but how plots are drawn."""

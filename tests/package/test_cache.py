@@ -144,6 +144,7 @@ def test_it_holds_what_the_frozen_parts_say(
     assert torch.equal(torch.tensor(cache.sample[:COUNT]), states[:COUNT])
 
 
+@pytest.mark.slow
 def test_scenes_are_known_by_their_world_and_number(
     vae, text_encoder, tokenizer, tmp_path
 ):
@@ -422,6 +423,7 @@ def test_throughput_is_measured(tmp_path, monkeypatch):
         assert row["flops_per_second"] == pytest.approx(speed * row["flops"])
 
 
+@pytest.mark.slow
 def test_a_failure_is_recorded(tmp_path, monkeypatch):
     """The runs that chapter 13 shows, here of two steps."""
     monkeypatch.chdir(ROOT)
@@ -436,6 +438,7 @@ def test_a_failure_is_recorded(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "data/hearing.json").read_text())["deaf"] > 0
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_training_steps_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # and back again afterwards
     bench = load_tool("bench_training")

@@ -121,6 +121,7 @@ def test_every_command_has_help(command, capsys):
     assert "--config" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own(model, tmp_path):
     path = tmp_path / "fish.png"
     command = [sys.executable, "-m", "sdbook", "sample", "--prompt", "two blue fish"]

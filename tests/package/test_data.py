@@ -325,6 +325,7 @@ def test_some_kinds_alone():
             Scenes(kinds=wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_the_same_pictures_from_two_workers(method):
     if method == "forkserver":
@@ -346,6 +347,7 @@ def test_the_same_pictures_from_two_workers(method):
         assert captions == [item[1] for item in alone]
 
 
+@pytest.mark.slow
 def test_nothing_held_out_in_20000_training_scenes(monkeypatch):
     # Checking the shapes of so many calls takes minutes: a copy without checks.
     name = "sdbook.unchecked"

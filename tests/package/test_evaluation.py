@@ -361,6 +361,7 @@ def test_wilson_stays_between_0_and_1():
 # ---- prompts ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS, "held_out"])
 def test_prompts_are_different_and_always_the_same(kind):
     texts = prompts(kind, 200)
@@ -400,6 +401,7 @@ def test_held_out_prompts_name_what_training_never_shows():
     assert not any(shown(text) for text in prompts("attribution", 100))
 
 
+@pytest.mark.slow
 def test_prompts_that_there_are_not():
     with pytest.raises(ValueError, match="colour.*held_out"):
         prompts("magic", 3)

@@ -417,6 +417,7 @@ def result_of(config, function):
     return {name: t for file in files for name, t in read_weights(file).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_was_stopped_goes_on_exactly(kind, home, tmp_path, monkeypatch):
     function, config_class, more = KINDS[kind]
@@ -633,6 +634,7 @@ def test_pieces_compose(pipe, tmp_path, sampler):
         np.testing.assert_array_equal(a, d)
 
 
+@pytest.mark.slow
 def test_the_worked_example_runs(tmp_path):
     """What chapter 12 shows a record of, at toy size and with the shipped model."""
     tool = load_tool("finetune_example")

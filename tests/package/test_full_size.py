@@ -88,6 +88,7 @@ def test_the_recorded_numbers_are_those_of_the_tools():
 # The tools --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ours_and_diffusers_beside_each_other(tmp_path):
     tool = load_tool("check_full_size")
     path = tmp_path / "results.json"

@@ -107,6 +107,7 @@ def test_eta_and_latents_equal_diffusers(pipe, reference):
     assert relative_error(ours, theirs) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "channels, vae_channels",
     [((32,), (16,)), ((16, 24, 32), (16, 32)), ((16, 16, 24, 32), (8, 16, 24))],

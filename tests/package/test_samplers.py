@@ -162,6 +162,7 @@ def test_a_thousand_karras_steps_equal_diffusers(name):
     assert_equal_to_diffusers(name, 1000, **options_of(name, karras=True))
 
 
+@pytest.mark.slow
 def test_a_thousand_steps_of_lms_equal_diffusers():
     """LMS apart, for diffusers integrates numerically and takes seconds.
 
@@ -663,6 +664,7 @@ def test_unknown_schedulers_list_what_exists():
 # ---- the record ----
 
 
+@pytest.mark.slow
 def test_the_comparison_on_a_model_writes_its_record(tmp_path, capsys):
     tool, folder = load_tool("compare_samplers"), tmp_path / "model"
     small_pipeline((16, 32), (8, 8, 8), image_size=64).save_pretrained(folder)

@@ -55,6 +55,7 @@ def test_diffusers_draws_the_same_with_it(pipe):
     assert relative_error(ours, expected) <= 1e-4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_its_vae_keeps_what_the_judge_reads(pipe):
     world, judge, right = Scenes(split="validation", length=200), Judge(), 0
@@ -70,6 +71,7 @@ def test_its_vae_keeps_what_the_judge_reads(pipe):
     assert right >= 198
 
 
+@pytest.mark.slow
 def test_it_passes_the_first_gates(capsys):
     tool = load_tool("gates")
     assert tool.main([str(MODEL), "--count", "200"]) == 0
@@ -77,6 +79,7 @@ def test_it_passes_the_first_gates(capsys):
     assert said.count("passed") == 2 and "NOT" not in said
 
 
+@pytest.mark.slow
 def test_a_gate_that_is_not_passed_says_so(tmp_path, capsys):
     small_pipeline(channels=(16, 32), image_size=64).save_pretrained(tmp_path)
     tool = load_tool("gates")
@@ -84,6 +87,7 @@ def test_a_gate_that_is_not_passed_says_so(tmp_path, capsys):
     assert capsys.readouterr().out.count("NOT passed") == 2
 
 
+@pytest.mark.slow
 def test_from_prompt_to_png_in_ten_seconds(tmp_path):
     path, seconds = tmp_path / "fish.png", []
     command = [sys.executable, "-m", "sdbook", "sample", "--prompt"]

@@ -629,6 +629,7 @@ def test_parts_of_a_batch_make_the_step_of_the_whole(tmp_path):
         assert ours["lr"] == theirs["lr"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 def test_killed_at_random_moments_and_inside_checkpoints(tmp_path):
     """See killed.py: a run is killed again and again; its results stay the same."""
@@ -818,6 +819,7 @@ def test_a_certain_start_and_the_total_spread():
     assert latent_spread(vae, scenes) == pytest.approx(draws.std().item(), rel=0.01)
 
 
+@pytest.mark.slow
 def test_twins_differ_in_one_point_that_both_captions_say():
     twins, judge = Twins(Scenes(64, length=400)), Judge()
     for i in range(0, 400, 2):
@@ -913,12 +915,14 @@ def test_a_new_unet_starts_as_the_identity_and_white(unet_config):
         torch.testing.assert_close(weight, expected)
 
 
+@pytest.mark.slow
 def test_the_start_does_not_depend_on_the_cache(unet_config):
     start = replace(unet_config, max_steps=1, learning_rate=1e-20, weight_decay=0.0)
     first, second = train(start), train(replace(start, resume="none"))
     assert same(dict(first.unet.state_dict()), dict(second.unet.state_dict()))
 
 
+@pytest.mark.slow
 def test_refitting_a_text_model_to_itself_changes_little(unet_config):
     tool = load_tool("refit_text")
     tool.COUNT, tool.WHITE = 200, 0.0
@@ -931,6 +935,7 @@ def test_refitting_a_text_model_to_itself_changes_little(unet_config):
         assert (told - tells).norm() < 0.2 * told.norm()
 
 
+@pytest.mark.slow
 def test_the_pipeline_opens_and_draws(unet_config):
     train(unet_config)
     pipe = StableDiffusion.from_pretrained(unet_config.output_dir)
@@ -942,6 +947,7 @@ def test_the_pipeline_opens_and_draws(unet_config):
     assert type(theirs.unet).__name__ == "UNet2DConditionModel"
 
 
+@pytest.mark.slow
 def test_going_on_from_another_pipeline(unet_config, frozen):
     first = train(unet_config)
     second = TrainingConfig(
@@ -976,6 +982,7 @@ def test_one_original_file_to_go_on_from(tmp_path, capsys):
     assert "859,520,964 parameters" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_resuming_with_other_sizes_is_refused_first(unet_config, monkeypatch):
     train(replace(unet_config, max_steps=1))
     monkeypatch.setattr(AutoencoderKL, "from_pretrained", refuse)
@@ -1008,6 +1015,7 @@ def test_a_folder_keeps_some_pictures_back(tmp_path):
     assert dataset.held_out(config.num_validation)[0] == shown
 
 
+@pytest.mark.slow
 def test_validation_and_samples(unet_config):
     config = replace(
         unet_config, validate_every=2, sample_every=4, sample_prompts=("a star",),
@@ -1023,6 +1031,7 @@ def test_validation_and_samples(unet_config):
     assert not any("forward" in vars(block) for block in pipe.unet.modules())
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing_else(unet_config):
     plain, saving = (
         replace(unet_config, output_dir=f"{unet_config.output_dir}-{on}", max_steps=2,
@@ -1062,12 +1071,14 @@ def test_the_kinds_of_scene_that_are_shown(unet_config):
     assert {len(open_dataset(unet_config).scene(i).things) for i in range(50)} > {1}
 
 
+@pytest.mark.slow
 def test_the_loss_falls(unet_config):
     train(replace(unet_config, max_steps=25, learning_rate=5e-3, snr_gamma=0.0))
     losses = [line["loss"] for line in log_of(unet_config.output_dir)]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
 def test_other_predictions(unet_config, kind):
     train(replace(unet_config, prediction_type=kind, max_steps=1))
