@@ -106,7 +106,7 @@ def sample(
         dtype: float32, float16 or bfloat16.
         grid: write one labelled sheet in place of single pictures.
     """
-    asked = {name: value for name, value in locals().items() if value is not None}
+    asked = dict(locals())
     path = Path(output_path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"output_path {output_path!r} must end in .png")
@@ -138,9 +138,13 @@ def sample(
     ).images
     unsaid = {"prompt", "output_path", "image_size", "seed", "num_images", "device"}
     unsaid |= {"grid"} if lora_path else {"grid", "lora_scale"}
-    facts = {name: value for name, value in asked.items() if name not in unsaid}
-    facts |= {"scheduler": type(pipe.scheduler).__name__}
-    facts |= {"height": images[0].height, "width": images[0].width}
+    asked |= {"scheduler": type(pipe.scheduler).__name__}
+    asked |= {"height": images[0].height, "width": images[0].width}
+    facts = {
+        name: value
+        for name, value in asked.items()
+        if value is not None and name not in unsaid
+    }
     texts = [text for text in prompt for _ in range(num_images)]
     if grid:
         from .images import labelled_grid

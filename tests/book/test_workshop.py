@@ -48,7 +48,7 @@ FLOORS = {
     "training.loss": 4.5,
     "run": 4.4,
     "run.plan": 4.3,
-    "run.parts": 4.3,
+    "run.unet": 4.3,
     "run.checkpoints": 4.2,
     "run.processes": 4.2,
     "run.logs": 4.2,
@@ -57,6 +57,7 @@ FLOORS = {
     "run.networks": 4.1,
     "run.progress": 4.1,
     "run.tables": 4.1,
+    "run.twins": 4.1,
     "run.settings": 4.1,
     "__init__": 4.1,  # hands on StableDiffusion
     "pipeline": 4,
