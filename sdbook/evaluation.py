@@ -17,15 +17,26 @@ from scipy import ndimage
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+# Names that once stood here, for whoever imports them from here.
+from .images import labelled_grid  # noqa: F401
 from .pipeline import StableDiffusion
-from .run.networks import (
+from .run.networks import (  # noqa: F401
     BookCLIP,
+    Inception,
     TransformersCLIP,
     extract_features,
     open_clip,
     open_inception,
+    pool_as_in_2015,
 )
-from .run.reports import markdown_table, write_report
+from .run.reports import (  # noqa: F401
+    markdown_table,
+    measures_table,
+    read_geneval,
+    read_report,
+    write_geneval,
+    write_report,
+)
 from .scenes import (
     BACKGROUNDS,
     COLOURS,

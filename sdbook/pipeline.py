@@ -21,11 +21,15 @@ from tqdm.auto import tqdm
 
 from .clip import CLIPTextConfig, CLIPTextModel, Tokenizer
 from .files import read_json, save_weights
-from .formats import (
+
+# Names that once stood here, for whoever imports them from here.
+from .formats import (  # noqa: F401
     check_checkpoint,
     check_index,
     find_model,
     find_tokenizer,
+    model_folders,
+    shipped_models,
     to_original,
     write_index,
 )

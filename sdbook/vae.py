@@ -15,15 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import Attention
-from .files import WeightsError
 from .formats import own_weights, squeeze_matrices
 from .resblocks import Downsample, ResBlock, Upsample
 from .weights import Config, Pretrained
 
 __all__ = [
     "stack",
-    "EncoderLevel",
-    "DecoderLevel",
+    "Level",
     "ImageAttention",
     "MidBlock",
     "DiagonalGaussian",
@@ -31,10 +29,10 @@ __all__ = [
     "Encoder",
     "Decoder",
     "check_size",
+    "AutoencoderKL",
     "tile_starts",
     "fading",
     "in_tiles",
-    "AutoencoderKL",
 ]
 
 
@@ -49,40 +47,23 @@ def stack(
     )
 
 
-class EncoderLevel(nn.Module):
-    """Residual blocks, then half the resolution (unless it is the last level)."""
+class Level(nn.Module):
+    """Residual blocks, then half the resolution, or twice, or the same."""
 
     def __init__(
         self, in_channels: int, out_channels: int, num_layers: int, num_groups: int,
-        is_last: bool,
+        halve: bool = False, double: bool = False,
     ):
         super().__init__()
         self.resnets = stack(in_channels, out_channels, num_layers, num_groups)
-        self.downsamplers = nn.ModuleList()
-        if not is_last:
+        self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()
+        if halve:
             self.downsamplers.append(Downsample(out_channels, symmetric=False))
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
-        for layer in [*self.resnets, *self.downsamplers]:
-            x = layer(x)
-        return x
-
-
-class DecoderLevel(nn.Module):
-    """Residual blocks, then twice the resolution (unless it is the last level)."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, num_layers: int, num_groups: int,
-        is_last: bool,
-    ):
-        super().__init__()
-        self.resnets = stack(in_channels, out_channels, num_layers, num_groups)
-        self.upsamplers = nn.ModuleList()
-        if not is_last:
+        if double:
             self.upsamplers.append(Upsample(out_channels))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
-        for layer in [*self.resnets, *self.upsamplers]:
+        for layer in [*self.resnets, *self.downsamplers, *self.upsamplers]:
             x = layer(x)
         return x
 
@@ -173,9 +154,7 @@ class VAEConfig(Config):
     use_post_quant_conv: bool = True
 
     fixed: ClassVar[dict[str, Any]] = {"act_fn": "silu"}
-    ignored: ClassVar[tuple[str, ...]] = (
-        "force_upcast", "down_block_types", "up_block_types",
-    )
+    ignored: ClassVar[tuple[str, ...]] = ("force_upcast",)
 
     def check(self) -> None:
         """Raise ValueError for widths that do not split."""
@@ -186,25 +165,12 @@ class VAEConfig(Config):
                 f"{groups} groups; make every width a multiple of it"
             )
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "the config"):
-        """Read config.json, whose block types must be the plain ones."""
-        config = super().from_dict(values, where)
-        for key, plain in config.block_types().items():
-            if (given := values.get(key, plain)) not in (plain, tuple(plain)):
-                raise WeightsError(f"{where}: {key}={given}, but we build {plain}")
-        return config
-
-    def to_dict(self) -> dict[str, Any]:
-        """What config.json holds, block types included."""
-        return {**super().to_dict(), **self.block_types()}
-
-    def block_types(self) -> dict[str, list[str]]:
-        """The kind of every level, as diffusers names it; we have no other."""
+    def derived(self) -> dict[str, Any]:
+        """The kind of every level, which diffusers writes down, too."""
         count = len(self.block_out_channels)
         return {
-            "down_block_types": ["DownEncoderBlock2D"] * count,
-            "up_block_types": ["UpDecoderBlock2D"] * count,
+            "down_block_types": ("DownEncoderBlock2D",) * count,
+            "up_block_types": ("UpDecoderBlock2D",) * count,
         }
 
     @property
@@ -223,9 +189,8 @@ class Encoder(nn.Module):
         self.down_blocks = nn.ModuleList()
         before = widths[0]
         for i, width in enumerate(widths):
-            level = EncoderLevel(
-                before, width, config.layers_per_block, groups, i == len(widths) - 1
-            )
+            halve = i < len(widths) - 1
+            level = Level(before, width, config.layers_per_block, groups, halve)
             self.down_blocks.append(level)
             before = width
         self.mid_block = MidBlock(before, groups, config.mid_block_add_attention)
@@ -251,9 +216,8 @@ class Decoder(nn.Module):
         self.mid_block = MidBlock(before, groups, config.mid_block_add_attention)
         self.up_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
-            level = DecoderLevel(
-                before, width, config.layers_per_block + 1, groups, i == len(widths) - 1
-            )
+            double, layers = i < len(widths) - 1, config.layers_per_block + 1
+            level = Level(before, width, layers, groups, double=double)
             self.up_blocks.append(level)
             before = width
         self.conv_norm_out = nn.GroupNorm(groups, before, eps=1e-6)
@@ -274,53 +238,6 @@ def check_size(x: Float[Tensor, "b c h w"], factor: int) -> None:
             f"picture of {height}×{width} pixels, but this autoencoder needs "
             f"multiples of {factor}; resize or crop it"
         )
-
-
-def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin that cover `length` and share at least `overlap`."""
-    if length <= tile:
-        return [0]
-    count = math.ceil((length - overlap) / (tile - overlap))
-    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
-
-
-def fading(length: int, overlap: int) -> Float[Tensor, "length"]:
-    """Weights that rise over the first `overlap` places, and fall over the last."""
-    rising = torch.arange(1, length + 1).clamp(max=overlap) / overlap
-    return torch.minimum(rising, rising.flip(0))
-
-
-def in_tiles(
-    function: Callable[[Tensor], Tensor],
-    x: Float[Tensor, "b c h w"],
-    tile: int,
-    cell: int = 1,
-) -> Float[Tensor, "b c2 h2 w2"]:
-    """`function` of overlapping square tiles of x, blended by weighted means.
-
-    `tile` is their side in cells, of which a quarter or more overlaps; a cell is
-    `cell` × `cell` places of x: the VAE's factor to encode, 1 to decode. `function`
-    may change the size, as these two do.
-    """
-    height, width = (side // cell for side in x.shape[-2:])
-    overlap = max(1, tile // 4)
-    total = weights = None
-    for top in tile_starts(height, tile, overlap):
-        for left in tile_starts(width, tile, overlap):
-            rows = slice(top * cell, (top + tile) * cell)
-            columns = slice(left * cell, (left + tile) * cell)
-            part = function(x[..., rows, columns])
-            scale = part.shape[-1] // min(tile, width)
-            high, wide = (fading(side, overlap * scale) for side in part.shape[-2:])
-            weight = (high[:, None] * wide).to(part)
-            if total is None:
-                total = part.new_zeros(*part.shape[:2], height * scale, width * scale)
-                weights = total[0, 0].clone()
-            rows = slice(top * scale, top * scale + part.shape[-2])
-            columns = slice(left * scale, left * scale + part.shape[-1])
-            total[..., rows, columns] += weight * part
-            weights[rows, columns] += weight
-    return total / weights
 
 
 class AutoencoderKL(Pretrained, nn.Module):
@@ -398,3 +315,50 @@ class AutoencoderKL(Pretrained, nn.Module):
     ) -> dict[str, Tensor]:
         """Also read the original's names, and diffusers' of its first days."""
         return squeeze_matrices(own_weights(self, state, ema))
+
+
+def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin that cover `length` and share at least `overlap`."""
+    if length <= tile:
+        return [0]
+    count = math.ceil((length - overlap) / (tile - overlap))
+    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
+
+
+def fading(length: int, overlap: int) -> Float[Tensor, "length"]:
+    """Weights that rise over the first `overlap` places, and fall over the last."""
+    rising = torch.arange(1, length + 1).clamp(max=overlap) / overlap
+    return torch.minimum(rising, rising.flip(0))
+
+
+def in_tiles(
+    function: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "b c h w"],
+    tile: int,
+    cell: int = 1,
+) -> Float[Tensor, "b c2 h2 w2"]:
+    """`function` of overlapping square tiles of x, blended by weighted means.
+
+    `tile` is their side in cells, of which a quarter or more overlaps; a cell is
+    `cell` × `cell` places of x: the VAE's factor to encode, 1 to decode. `function`
+    may change the size, as these two do.
+    """
+    height, width = (side // cell for side in x.shape[-2:])
+    overlap = max(1, tile // 4)
+    total = weights = None
+    for top in tile_starts(height, tile, overlap):
+        for left in tile_starts(width, tile, overlap):
+            rows = slice(top * cell, (top + tile) * cell)
+            columns = slice(left * cell, (left + tile) * cell)
+            part = function(x[..., rows, columns])
+            scale = part.shape[-1] // min(tile, width)
+            high, wide = (fading(side, overlap * scale) for side in part.shape[-2:])
+            weight = (high[:, None] * wide).to(part)
+            if total is None:
+                total = part.new_zeros(*part.shape[:2], height * scale, width * scale)
+                weights = total[0, 0].clone()
+            rows = slice(top * scale, top * scale + part.shape[-2])
+            columns = slice(left * scale, left * scale + part.shape[-1])
+            total[..., rows, columns] += weight * part
+            weights[rows, columns] += weight
+    return total / weights

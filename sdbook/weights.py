@@ -124,9 +124,8 @@ def is_of_type(value: Any, kind: Any, least: int = 1) -> bool:
 class Config:
     """Base of the model configs: a frozen dataclass that reads and writes config.json.
 
-    Fields are named as in the reference library's file, where more may stand: options
-    that are off (None, False or 0), those in `fixed` with the one value that we build,
-    and those in `ignored`, which change no result. Lists become tuples.
+    Fields are named as in the reference library's file. More may stand there: what is
+    off, what `fixed` and `derived` say, and what `ignored` names for changing nothing.
     """
 
     fixed: ClassVar[dict[str, Any]] = {}
@@ -138,14 +137,11 @@ class Config:
                 object.__setattr__(self, name, tuple(value))
         self.check()
 
-    def check(self) -> None:
-        """Raise ValueError for values that do not fit together."""
-
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "the config"):
         """Build it from what config.json holds; WeightsError for what we do not do."""
         options = {field.name: field for field in fields(cls)}
-        known, problems = {}, []
+        known, others, problems = {}, {}, []
         for key, value in values.items():
             value = tuple(value) if isinstance(value, list) else value
             if key in options:
@@ -153,26 +149,40 @@ class Config:
                 # Sizes begin at 1, and only the numbers of tokens at 0.
                 if not is_of_type(value, field.type, not key.endswith("_token_id")):
                     problems.append(f"{key}={value!r} (like {field.default!r})")
-            elif key in cls.fixed:
-                if value != cls.fixed[key]:
-                    problems.append(f"{key}={value!r} (only {cls.fixed[key]!r})")
-            elif value in (None, False) or key.startswith("_"):  # 0 == False
-                pass
-            elif key not in cls.ignored:
+            elif not key.startswith("_") and key not in cls.ignored:
+                others[key] = value
+        config = None if problems else cls.built(known, where)
+        for key, value in others.items() if config else ():
+            only = cls.fixed | config.derived()
+            if key in only and value != only[key]:
+                problems.append(f"{key}={value!r} (only {only[key]!r})")
+            elif key not in only and value not in (None, False):  # 0 == False
                 problems.append(f"{key}={value!r} (unknown)")
         if problems:
             raise WeightsError(
                 f"{where} has what {cls.__name__} does not do: {', '.join(problems)}. "
                 "Use a Stable Diffusion 1.x model, with the config.json of its weights"
             )
+        return config
+
+    def check(self) -> None:
+        """Raise ValueError for values that do not fit together."""
+
+    def derived(self) -> dict[str, Any]:
+        """What config.json says besides the fields, and follows from them."""
+        return {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds; the reference library reads it too."""
+        return asdict(self) | self.derived()
+
+    @classmethod
+    def built(cls, known: dict[str, Any], where: str):
+        """A config of these values; WeightsError, with their file, for a misfit."""
         try:
             return cls(**known)
         except ValueError as error:
             raise WeightsError(f"{where}: {error}") from error
-
-    def to_dict(self) -> dict[str, Any]:
-        """What config.json holds; the reference library reads it too."""
-        return asdict(self)
 
 
 class Pretrained:
@@ -271,9 +281,12 @@ class Undrawn(TorchFunctionMode):
     """Leaves out random numbers for no memory: PyTorch would load its compiler."""
 
     def __torch_function__(self, function, types, arguments=(), options=None):
-        if function is Tensor.normal_ and arguments[0].is_meta:
-            return arguments[0]
-        return function(*arguments, **(options or {}))
+        options = options or {}
+        if function in (nn.init.normal_, Tensor.normal_):
+            tensor = arguments[0] if arguments else options["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return function(*arguments, **options)
 
 
 def build_empty(model_class: type, config: Config) -> nn.Module:

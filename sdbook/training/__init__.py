@@ -16,17 +16,17 @@ from ..run.checkpoints import (
 )
 from ..run.logs import Log, Meter
 from ..run.memory import keep_all, kept_bytes, memory_needed, recompute_blocks
-from ..run.parts import (
-    PRESETS,
-    TrainingConfig,
-    find_sizes,
-    preset_shape,
-)
 from ..run.plan import describe_plan, say_plan
 from ..run.processes import count_steps, is_main_process, make_accelerator
 from ..run.settings import RunConfig, check_side, open_dataset, setting
 from ..run.tables import Rows, fingerprint
 from ..run.twins import Twins, exchange, invent_twin
+from ..run.unet import (
+    PRESETS,
+    TrainingConfig,
+    find_sizes,
+    preset_shape,
+)
 from .cache import Encoded, caption_ids
 from .clip import CLIPTrainingConfig, train_clip
 from .loop import (

@@ -15,7 +15,10 @@ from ..attention import TransformerBlock
 from ..images import labelled_grid
 from ..pipeline import StableDiffusion
 from ..run.checkpoints import check_fits, find_checkpoint
-from ..run.parts import (
+from ..run.plan import say_plan
+from ..run.processes import is_main_process, make_accelerator
+from ..run.settings import open_dataset
+from ..run.unet import (
     TrainingConfig,
     check_schedule,
     find_sizes,
@@ -24,9 +27,6 @@ from ..run.parts import (
     source_of,
     unet_memory,
 )
-from ..run.plan import say_plan
-from ..run.processes import is_main_process, make_accelerator
-from ..run.settings import open_dataset
 from ..unet import UNet, UNetConfig, start_as_identity
 from ..weights import build_empty
 from .cache import Encoded, caption_ids

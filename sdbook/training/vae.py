@@ -1,10 +1,11 @@
-"""Training
+"""The training of the autoencoder.
 
-Generated from chapters/08_training.ipynb; do not edit.
+Generated from chapters/05_vae.ipynb; do not edit.
 """
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -32,44 +33,17 @@ from .loop import optimise
 from .loss import ALL_ROWS
 
 __all__ = [
-    "latent_noise",
-    "VAELoss",
     "start_certain",
+    "some_pixels",
+    "latent_noise",
     "latent_spread",
+    "VAELoss",
     "VAETrainingConfig",
-    "check_vae_choices",
     "new_vae",
-    "rebuilt_sheet",
     "reconstruction_psnr",
+    "rebuilt_sheet",
     "train_vae",
 ]
-
-
-def latent_noise(
-    config: VAEConfig, pixels: Tensor, generator, rows: slice = ALL_ROWS
-) -> Tensor:
-    """Noise for the latents of these rows of a step's pictures."""
-    sides = (side // config.downscale for side in pixels.shape[-2:])
-    shape = (len(pixels) * rows.step, config.latent_channels, *sides)
-    noise = torch.randn(shape, generator=generator, device=generator.device)
-    return noise[rows]
-
-
-class VAELoss(nn.Module):
-    """A VAE in training: pictures and noise for their latents give the loss."""
-
-    def __init__(self, config: "VAETrainingConfig", vae: AutoencoderKL):
-        super().__init__()
-        self.config, self.vae = config, vae
-
-    def forward(self, pixels: Tensor, noise: Tensor):
-        config = self.config
-        posterior = self.vae.encode(pixels)
-        error = self.vae.decode(posterior.mean + posterior.std * noise) - pixels
-        absolute, squared = error.abs().mean(), error.square().mean()
-        kl = posterior.kl().mean() / pixels[0].numel()
-        loss = config.l1_weight * absolute + config.l2_weight * squared
-        return loss + config.kl_weight * kl, {"kl": kl, "squared": squared}
 
 
 @torch.no_grad()
@@ -82,6 +56,22 @@ def start_certain(vae: AutoencoderKL, logvar: float = -6.0) -> None:
     vae.quant_conv.bias[vae.config.latent_channels :] = logvar
 
 
+def some_pixels(dataset: Dataset | list, count: int) -> Iterator[Tensor]:
+    """The pictures (3, h, w) of the first items; a stream of them will do."""
+    for pixels, _ in islice(dataset, min(count, len(dataset))):
+        yield pixels
+
+
+def latent_noise(
+    config: VAEConfig, pixels: Tensor, generator, rows: slice = ALL_ROWS
+) -> Tensor:
+    """Noise for the latents of these rows of a step's pictures."""
+    sides = (side // config.downscale for side in pixels.shape[-2:])
+    shape = (len(pixels) * rows.step, config.latent_channels, *sides)
+    noise = torch.randn(shape, generator=generator, device=generator.device)
+    return noise[rows]
+
+
 @torch.no_grad()
 def latent_spread(
     vae: AutoencoderKL, dataset: Dataset | list, count: int = 256
@@ -92,12 +82,37 @@ def latent_spread(
     """
     device = next(vae.parameters()).device
     posteriors = [
-        vae.encode(dataset[i][0][None].to(device))
-        for i in range(min(count, len(dataset)))
+        vae.encode(pixels[None].to(device)) for pixels in some_pixels(dataset, count)
     ]
     means = torch.cat([posterior.mean for posterior in posteriors])
     noise = torch.cat([posterior.std.square() for posterior in posteriors])
     return (means.var() + noise.mean()).sqrt().item()
+
+
+class VAELoss(nn.Module):
+    """A VAE in training: pictures and noise give the loss and numbers for the log.
+
+    The weights are those of the absolute error, of the squared error, and of the
+    divergence per number of a picture.
+    """
+
+    def __init__(
+        self, vae: AutoencoderKL, l1_weight: float = 0.1, l2_weight: float = 1.0,
+        kl_weight: float = 3e-4,
+    ):
+        super().__init__()
+        self.vae = vae
+        self.l1_weight, self.l2_weight = l1_weight, l2_weight
+        self.kl_weight = kl_weight
+
+    def forward(self, pixels: Tensor, noise: Tensor):
+        posterior = self.vae.encode(pixels)
+        rebuilt = self.vae.decode(posterior.mean + posterior.std * noise)
+        error = rebuilt - pixels
+        absolute, squared = error.abs().mean(), error.square().mean()
+        kl = posterior.kl().mean() / pixels[0].numel()
+        loss = self.l1_weight * absolute + self.l2_weight * squared
+        return loss + self.kl_weight * kl, {"kl": kl, "squared": squared}
 
 
 @dataclass(frozen=True)
@@ -113,11 +128,11 @@ class VAETrainingConfig(RunConfig):
         kl_weight: of the divergence from the standard normal, per pixel number.
     """
 
-    output_dir: str = "runs/vae"
-    batch_size: int = 32
-    max_steps: int = 1000
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
+    output_dir: str = setting("runs/vae", affects_steps=False)
+    batch_size: int = setting(32, at_least=1)
+    max_steps: int = setting(1000, at_least=1)
+    learning_rate: float = setting(1e-3, more_than=0)
+    weight_decay: float = setting(0.0, at_least=0)
     block_out_channels: tuple[int, ...] = (32, 64, 64)
     layers_per_block: int = setting(1, at_least=1)
     norm_num_groups: int = setting(8, at_least=1)
@@ -127,18 +142,13 @@ class VAETrainingConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_vae_choices(self)
-
-
-def check_vae_choices(config) -> None:
-    """Raise ValueError for settings of the VAE's training that cannot be meant."""
-    widths = config.block_out_channels
-    check_multiple(
-        "block_out_channels", widths, "norm_num_groups", config.norm_num_groups
-    )
-    check_side(config.image_size, 2 ** (len(widths) - 1))
-    if not config.l1_weight and not config.l2_weight:
-        raise ValueError("l1_weight and l2_weight are both 0; give one of them more")
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        check_multiple("block_out_channels", widths, "norm_num_groups", groups)
+        check_side(self.image_size, 2 ** (len(widths) - 1))
+        if not self.l1_weight and not self.l2_weight:
+            raise ValueError(
+                "l1_weight and l2_weight are both 0; give one of them more"
+            )
 
 
 def new_vae(config: VAETrainingConfig) -> AutoencoderKL:
@@ -155,49 +165,42 @@ def new_vae(config: VAETrainingConfig) -> AutoencoderKL:
     return vae
 
 
-def rebuilt_sheet(dataset: Dataset | list, count: int = 8):
-    """A function that shows pictures above what a VAE in training makes of them."""
-    pixels = torch.stack([dataset[i][0] for i in range(min(count, len(dataset)))])
-
-    @torch.no_grad()
-    def draw_sheet(module: VAELoss) -> Image.Image:
-        device = next(module.parameters()).device
-        rebuilt = module.vae.decode(module.vae.encode(pixels.to(device)).mode()).cpu()
-        sheet = make_grid(torch.cat([pixels, rebuilt]).clamp(-1, 1), len(pixels))
-        return to_pictures(sheet[None], "pil")[0]
-
-    return draw_sheet
-
-
 @torch.no_grad()
 def reconstruction_psnr(
     vae: AutoencoderKL, dataset: Dataset | list, count: int = 64
 ) -> float:
     """Mean PSNR, in dB, of `count` pictures through encoder and decoder."""
-    device = next(vae.parameters()).device
-    values = []
-    for index in range(min(count, len(dataset))):
-        pixels = dataset[index][0][None].to(device)
+    device, values = next(vae.parameters()).device, []
+    for pixels in some_pixels(dataset, count):
+        pixels = pixels[None].to(device)
         rebuilt = vae.decode(vae.encode(pixels).mode()).clamp(-1, 1)
         values.append(10 * math.log10(4 / (rebuilt - pixels).square().mean().item()))
     return sum(values) / len(values)
 
+def rebuilt_sheet(
+    loss: VAELoss, dataset: Dataset | list, count: int = 8
+) -> Image.Image:
+    """Pictures above what a VAE in training makes of them, as one picture."""
+    pixels = torch.stack([*some_pixels(dataset, count)])
+    device = next(loss.parameters()).device
+    with torch.no_grad():
+        rebuilt = loss.vae.decode(loss.vae.encode(pixels.to(device)).mode()).cpu()
+    sheet = make_grid(torch.cat([pixels, rebuilt]).clamp(-1, 1), len(pixels))
+    return to_pictures(sheet[None], "pil")[0]
+
 
 def train_vae(config: VAETrainingConfig) -> AutoencoderKL | None:
-    """Train a VAE, measure its latent scale, and save it in diffusers' layout.
+    """Say the plan (with `dry_run` that is all), train a VAE, measure its latent scale.
 
-    Says the plan first; with `dry_run` that is all. Writes `output_dir/vae`.
+    Writes `output_dir/vae` in diffusers' layout.
     """
     make_accelerator(config)
     torch.manual_seed(config.seed)
-    shown, held = open_dataset(config), open_dataset(config, "validation")
-    dataset = shown
-    if hasattr(dataset, "steps"):  # a stream has no numbers
-        dataset = held = list(islice(held, 256))
-    elif config.dataset_path == "scenes":
-        shown = CrowdedScenes(config.image_size, config.seed, len(dataset))
+    dataset, held = open_dataset(config), open_dataset(config, "validation")
+    shown, side = dataset, config.image_size
+    if config.dataset_path == "scenes":
+        shown = CrowdedScenes(side, config.seed, len(dataset))
     vae = new_vae(config)
-    side = config.image_size
     pixels = torch.empty(config.batch_size, 3, side, side, device="meta")
     empty = copy.deepcopy(vae).to("meta")
     say_plan(config, shown, empty, memory_needed(config, empty, pixels))
@@ -206,20 +209,16 @@ def train_vae(config: VAETrainingConfig) -> AutoencoderKL | None:
 
     def loss_of(module, batch, generator, rows):
         pixels = batch[0].to(generator.device, memory_format=torch.channels_last)
-        noise = latent_noise(vae.config, pixels, generator, rows)
-        return module(pixels, noise)
+        return module(pixels, latent_noise(vae.config, pixels, generator, rows))
 
-    def validate(module):
-        return {"psnr": reconstruction_psnr(module.vae, held)}
-
-    module = optimise(
-        config, VAELoss(config, vae), shown, loss_of, validate,
-        sample=rebuilt_sheet(held),
+    loss = VAELoss(vae, config.l1_weight, config.l2_weight, config.kl_weight)
+    loss = optimise(
+        config, loss, shown, loss_of, sample=lambda loss: rebuilt_sheet(loss, held),
+        validate=lambda loss: {"psnr": reconstruction_psnr(loss.vae, held)},
     )  # fmt: skip
-    vae = module.vae.eval()
-    vae.config = replace(
-        vae.config, scaling_factor=round(1 / latent_spread(vae, dataset), 5)
-    )
+    vae = loss.vae.eval()
+    scale = round(1 / latent_spread(vae, dataset), 5)
+    vae.config = replace(vae.config, scaling_factor=scale)
     if is_main_process():
         vae.save_pretrained(Path(config.output_dir) / "vae")
     return vae

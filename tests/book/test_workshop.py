@@ -48,7 +48,7 @@ FLOORS = {
     "training.loss": 4.5,
     "run": 4.4,
     "run.plan": 4.3,
-    "run.parts": 4.3,
+    "run.unet": 4.3,
     "run.checkpoints": 4.2,
     "run.processes": 4.2,
     "run.logs": 4.2,

@@ -33,8 +33,8 @@ from sdbook.data import (
 from sdbook.evaluation import Judge, satisfies
 from sdbook.files import write_json
 from sdbook.pipeline import StableDiffusion, find_model, to_pictures
-from sdbook.run.parts import asked_shape
 from sdbook.run.settings import check_settings
+from sdbook.run.unet import asked_shape
 from sdbook.schedulers import DDIMScheduler
 from sdbook.training import (
     EMA,

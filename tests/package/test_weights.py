@@ -283,6 +283,24 @@ def test_too_many_open_files_are_no_fault_of_the_file(folder, kind):
     assert out.stdout.split() == ["True", "True"], out.stdout + out.stderr
 
 
+def test_building_draws_no_numbers_and_loads_no_compiler():
+    code = """
+import sys
+from torch import nn
+from sdbook.weights import build_empty
+
+class Words(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.words = nn.Embedding(10, 3)
+        nn.init.normal_(self.words.weight, std=0.02)
+
+print(build_empty(Words, None).words.weight.is_meta, "torch._dynamo" in sys.modules)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.stdout.split() == ["True", "False"], out.stdout + out.stderr
+
+
 def test_building_in_two_threads_leaves_pytorch_as_it_was():
     draw = nn.init.normal_
     second = threading.Event()
