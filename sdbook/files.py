@@ -117,20 +117,21 @@ def list_folder(folder: Path) -> str:
     return ", ".join(names[:12] + ["…"] * (len(names) > 12)) or "nothing"
 
 
-TOGETHER = 32  # tensors that are mapped, and can be let go, together
+TOGETHER = 16  # tensors that can be let go together
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path, mapped: bool = True) -> dict[str, Tensor]:
     """The tensors of a safetensors file, each a piece of that file.
 
-    Nothing is read before it is used. Changing a tensor does not change the file.
+    Nothing is read before it is used. Changing a tensor does not change the file. The
+    file is mapped once, or with `mapped=False` in pieces that can be let go.
     """
     with safe_open(path, framework="pt") as file:
         names = list(file.keys())
-    tensors = {}
-    for start in range(0, len(names), TOGETHER):
+    tensors, step = {}, (len(names) or 1) if mapped else TOGETHER
+    for start in range(0, len(names), step):
         with safe_open(path, framework="pt") as file:
-            for name in names[start : start + TOGETHER]:
+            for name in names[start : start + step]:
                 tensors[name] = file.get_tensor(name)
     return tensors
 
@@ -219,10 +220,11 @@ def read_pickle(path: Path, mapped: bool = True) -> dict[str, Tensor]:
 def read_weights(path: str | Path, mapped: bool = True) -> dict[str, Tensor]:
     """The tensors of a .safetensors file or of a pickle (.bin, .ckpt, .pt).
 
-    They are pieces of the file, not copies; with `mapped=False` a pickle is read
-    into memory at once. A pickle is opened with `weights_only=True` and cannot run
-    code. Raises FileNotFoundError for a missing file, WeightsError for one that is
-    cut short, foreign or dangerous; the message names the file and the way out.
+    They are pieces of the file, not copies. With `mapped=False` their memory can go
+    bit by bit; a pickle is then read at once. A pickle is opened with
+    `weights_only=True` and cannot run code. Raises FileNotFoundError for a missing
+    file, WeightsError for one that is cut short, foreign or dangerous; the message
+    names the file and the way out.
     """
     path = Path(path)
     if not path.is_file():
@@ -237,7 +239,7 @@ def read_weights(path: str | Path, mapped: bool = True) -> dict[str, Tensor]:
         )
     try:
         if path.suffix.lower() == ".safetensors":
-            return read_safetensors(path)
+            return read_safetensors(path, mapped)
         return read_pickle(path, mapped)
     except (OSError, WeightsError):
         raise

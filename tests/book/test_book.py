@@ -4,6 +4,7 @@ The book is built afresh into a temporary folder, served from this machine, and
 opened in Chromium, which playwright drives.
 """
 
+import ast
 import functools
 import html.parser
 import http.server
@@ -194,8 +195,11 @@ def chapter_page(path):
 
 
 def code_cells(path):
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    """The code of each cell, and whether the page leaves the cell out."""
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            tags = cell["metadata"].get("tags", [])
+            yield "".join(cell["source"]), "remove-cell" in tags
 
 
 # Without a browser ------------------------------------------------------------
@@ -347,10 +351,13 @@ def test_export_directives_become_labels(path, site):
     page = (site / chapter_page(path)).read_text(encoding="utf-8")
     text = re.sub(r"<[^>]+>", "", page)
     default = None
-    for source in code_cells(path):
+    for source, left_out in code_cells(path):
         match = re.match(r"#\| (default_exp|export) ?(\S*)", source)
         if match and match[1] == "default_exp":
             default = match[2]
+        elif match and left_out:  # only what a module is called, and what it hands on
+            kinds = {type(node) for node in ast.parse(source).body}
+            assert kinds <= {ast.Expr, ast.ImportFrom}, source
         elif match:
             module = match[2] or default
             label = f"saved to sdbook/{module.replace('.', '/')}.py"

@@ -1086,6 +1086,7 @@ def test_other_predictions(unet_config, kind):
     assert pipe.scheduler.config.prediction_type == kind
 
 
+@pytest.mark.slow
 def test_bfloat16_on_a_cpu(unet_config):
     pipe = train(replace(unet_config, mixed_precision="bf16", max_steps=2))
     assert all(weight.dtype == torch.float32 for weight in pipe.unet.parameters())
@@ -1093,6 +1094,7 @@ def test_bfloat16_on_a_cpu(unet_config):
     train(replace(unet_config, max_steps=3))  # and back, in the same process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["vae", "clip", "unet"])
 def test_resuming_is_exact_to_the_bit(part, tmp_path, unet_config):
     function, config = {
@@ -1116,6 +1118,7 @@ def refuse(*args, **kwargs):
     raise AssertionError("a frozen part ran")
 
 
+@pytest.mark.slow
 def test_frozen_parts_run_once(unet_config, monkeypatch):
     config = replace(unet_config, num_validation=0)
     train(replace(config, max_steps=1))
@@ -1189,6 +1192,7 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
         training.open_dataset(RunConfig(dataset_path=str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_two_processes_get_the_weights_of_one(unet_config, frozen):
     """A real launch: two processes, each with half of the pictures, over gloo.
 
@@ -1252,6 +1256,7 @@ def write_toy_configs(folder):
         (folder / f"scenes-{name}.yaml").write_text(yaml.safe_dump(lists(options)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu", [[], ["--gpu"]])
 def test_the_script_trains_ships_and_scores(tmp_path, gpu, capsys):
     write_toy_configs(tmp_path / "configs")

@@ -164,6 +164,7 @@ def test_half_precision(dtype):
     assert relative_error(output.float(), expected) <= 0.05
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph(unchecked):
     ours, _ = pair("two levels, odd channels")
     latents, t, context = inputs(ours.config)
