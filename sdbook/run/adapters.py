@@ -83,7 +83,7 @@ def alpha_in(config: dict, key: str, otherwise: int | float) -> int | float:
 
 def take_matrices(
     key: str, tensors: dict[str, Tensor]
-) -> tuple[Tensor, Tensor, float] | None:
+) -> tuple[Tensor, Tensor, int | float] | None:
     """Take down, up and alpha of a layer out of a file's tensors; None without them.
 
     Where the file names no alpha, it is the rank.
