@@ -1,4 +1,4 @@
-"""Training
+"""The frozen parts, once: latents and text states in files.
 
 Generated from chapters/08_training.ipynb; do not edit.
 """

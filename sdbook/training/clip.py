@@ -1,4 +1,4 @@
-"""The text encoder
+"""The training of CLIP.
 
 Generated from chapters/06_clip.ipynb; do not edit.
 """

@@ -1,4 +1,4 @@
-"""Training
+"""The loop of every training: order, steps, averages, stopping and going on.
 
 Generated from chapters/08_training.ipynb; do not edit.
 """

@@ -1,4 +1,4 @@
-"""Training
+"""The loss of diffusion: noise a latent, ask the UNet, compare.
 
 Generated from chapters/08_training.ipynb; do not edit.
 """

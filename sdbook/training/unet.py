@@ -1,4 +1,4 @@
-"""Training
+"""The training of the UNet.
 
 Generated from chapters/08_training.ipynb; do not edit.
 """

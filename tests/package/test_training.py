@@ -670,7 +670,7 @@ def test_killed_at_random_moments_and_inside_checkpoints(tmp_path):
         ({"num_train_epochs": 0}, "num_train_epochs is 0; give at least 1"),
         ({"unet_preset": "huge"}, "unet_preset 'huge' is none of tiny, scenes, small"),
         ({"unet_dim": 40, "unet_config": "a.json"}, "unet_config is a.json.* one of"),
-        ({"unet_config": "there/is/none.json"}, "unet_config: there is no file there/is"),
+        ({"unet_config": "there/is/none.json"}, "there is no file there/is"),
         ({"unet_dim": 40}, r"\(40, 80, 120\) do not split into norm_num"),
         ({"rescale_betas_zero_snr": True}, "prediction_type 'epsilon'.* v_prediction"),
         ({"beta_schedule": "quadratic"}, "beta_schedule='quadratic'"),
