@@ -16,6 +16,17 @@ COMMANDS = {
     "train-word": "teach a text model a new word",
     "evaluate": "score a model's pictures, kind by kind of prompt",
 }
+# Flags of the first edition, and what to do without them.
+GONE = dict.fromkeys(
+    ("unet_channels", "layers_per_block", "attention_levels", "num_heads"),
+    "choose a unet_preset, or describe the UNet in a file and give it as unet_config",
+)
+GONE["norm_num_groups"] = GONE["num_heads"]
+GONE["offset_noise"] = "the noise is the schedule's alone; leave it out"
+GONE |= dict.fromkeys(
+    ("critic_weight", "critic_start", "perceptual_weight", "perceptual_path"),
+    "the VAE is trained without it (chapter 5 has it as an exercise); leave it out",
+)
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -289,6 +300,18 @@ def training_of(command: str):
     }[command]
 
 
+def texts_of(prompt) -> list[str]:
+    """The prompts of the command line, or of a YAML file, where one needs no list."""
+    prompts = prompt if isinstance(prompt, list) else [prompt]
+    for text in prompts:
+        if not isinstance(text, str):
+            raise ValueError(
+                f"prompt holds {text!r}, which is no text; in a YAML file, put it "
+                "between quotes"
+            )
+    return prompts
+
+
 def run(command: str, arguments: list[str]):
     """Parse a command's flags and call it."""
     from jsonargparse import ArgumentParser
@@ -313,8 +336,8 @@ def run(command: str, arguments: list[str]):
             action.nargs, action.const = "?", True
     options = parser.parse_args(arguments)
     options.pop("config")
-    if command == "sample" and not isinstance(options.prompt, list):
-        options.prompt = [str(options.prompt)]  # in a YAML file, one needs no brackets
+    if command == "sample":
+        options.prompt = texts_of(options.prompt)
     if command in ("sample", "evaluate"):
         return function(**options)
     config = config_class(**options)
@@ -341,11 +364,20 @@ def main(arguments: list[str] | None = None):
         try:
             run(command, arguments[1:])
         except ArgumentError as error:
-            sys.exit(fail(command, f"error: {error}; see sdbook {command} --help"))
+            sys.exit(fail(command, f"error: {reason_for(error, command)}"))
         except (ValueError, OSError) as error:
             sys.exit(fail(command, f"error: {reason_of(error)}"))
         except KeyboardInterrupt as error:
             sys.exit(fail(command, f"stopped {error}", 130))
+
+
+def reason_for(error: Exception, command: str) -> str:
+    """What is wrong with the flags, and for one of the first edition what to do."""
+    unknown = re.match(r"unrecognized arguments: --(\w+)|Option '(\w+)'", str(error))
+    name = unknown and (unknown[1] or unknown[2])
+    if name in GONE:
+        return f"{name} is gone: {GONE[name]}"
+    return f"{error}; see sdbook {command} --help"
 
 
 def reason_of(error: Exception) -> str:

@@ -25,17 +25,18 @@ from .resblocks import ResBlock
 from .weights import Config, Pretrained
 
 __all__ = [
-    "byte_symbols",
-    "learn_merges",
     "START",
     "END",
+    "byte_symbols",
+    "merges_of",
+    "learn_merges",
     "write_vocabulary",
     "open_tokenizer",
+    "write_older_files",
+    "Tokenizer",
+    "fit_to_length",
     "warn_about_cut_words",
     "learn_vocabulary",
-    "write_older_files",
-    "fit_to_length",
-    "Tokenizer",
     "CLIPTextConfig",
     "CLIPEmbeddings",
     "causal_mask",
@@ -51,11 +52,20 @@ __all__ = [
 ]
 
 
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
 def byte_symbols() -> list[str]:
     """One printable character for each of the 256 bytes, in CLIP's order."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = 256 - len(printable)
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(rest)]
+
+
+def merges_of(library_tokenizer) -> list[tuple[str, str]]:
+    """The merges that a tokenizer of the library `tokenizers` holds, in order."""
+    merges = json.loads(library_tokenizer.to_str())["model"]["merges"]
+    return [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
 
 
 def learn_merges(captions: list[str], count: int) -> list[tuple[str, str]]:
@@ -87,11 +97,7 @@ def learn_merges(captions: list[str], count: int) -> list[tuple[str, str]]:
         show_progress=False,
     )
     learner.train_from_iterator(captions, trainer)
-    merges = json.loads(learner.to_str())["model"]["merges"]
-    return [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
-
-
-START, END = "<|startoftext|>", "<|endoftext|>"
+    return merges_of(learner)
 
 
 def write_vocabulary(
@@ -123,6 +129,81 @@ def open_tokenizer(folder: str | Path):
         ) from error
 
 
+def write_older_files(backend, folder: str | Path) -> None:
+    """Write vocab.json and merges.txt beside what the library saves itself."""
+    model = json.loads(backend.backend_tokenizer.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    write_vocabulary(tokens, merges_of(backend.backend_tokenizer), folder)
+
+
+class Tokenizer:
+    """Texts to rows of token ids: CLIP's byte-pair encoding, padded to one length.
+
+    A face for `transformers.CLIPTokenizer`, which is `.backend`.
+    """
+
+    def __init__(self, backend):
+        self.backend = backend
+        self.max_length: int = backend.model_max_length
+        self.start_id: int = backend.bos_token_id
+        self.end_id: int = backend.eos_token_id
+
+    def __len__(self) -> int:
+        return len(self.backend)
+
+    def __call__(self, texts: str | list[str]) -> Int64[Tensor, "b n"]:
+        """Ids `(b, max_length)`; warns, naming the words, where a text is cut."""
+        rows = []
+        for text in [texts] if isinstance(texts, str) else texts:
+            if not isinstance(text, str):
+                raise TypeError(f"a prompt must be text, not {type(text).__name__}")
+            rows.append(fit_to_length(self.backend, text, self.max_length))
+        return torch.tensor(rows, dtype=torch.int64).view(len(rows), self.max_length)
+
+    def tokens(self, text: str) -> list[str]:
+        """The pieces of a text, from start to end, without padding."""
+        ids = self.backend(text, verbose=False)["input_ids"]
+        return self.backend.convert_ids_to_tokens(ids)
+
+    def decode(self, ids: Int64[Tensor, "n"]) -> str:
+        """Ids back to text, in lower case, without start, end and padding."""
+        return self.backend.decode(ids.tolist(), skip_special_tokens=True)
+
+    @classmethod
+    def train(
+        cls, captions: Iterable[str], vocab_size: int = 1024, max_length: int = 77
+    ) -> "Tokenizer":
+        """Learn at most `vocab_size` tokens from captions.
+
+        514 or more, so that every text can be spelled; else ValueError.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            learn_vocabulary(captions, vocab_size, max_length, folder)
+            return cls(open_tokenizer(folder))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
+        """Read a folder: ours, transformers' or diffusers'."""
+        return cls(open_tokenizer(folder))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the files of transformers' newer and older versions."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.backend.save_pretrained(str(folder))
+        write_older_files(self.backend, folder)
+
+
+def fit_to_length(backend, text: str, max_length: int) -> list[int]:
+    """The ids of a text, cut (with a warning) or filled up to `max_length`."""
+    end = backend.eos_token_id
+    ids = backend(text, verbose=False)["input_ids"]
+    if len(ids) > max_length:
+        lost = backend.decode(ids[max_length - 1 : -1])
+        warn_about_cut_words(lost, max_length - 2)
+        ids = ids[: max_length - 1] + [end]
+    return ids + [end] * (max_length - len(ids))
+
+
 def warn_about_cut_words(lost: str, room: int) -> None:
     """Say which words of a prompt did not fit."""
     words = lost.split()
@@ -152,82 +233,6 @@ def learn_vocabulary(
         {**special, "unk_token": END, "model_max_length": max_length},
         Path(folder) / "tokenizer_config.json",
     )
-
-
-def write_older_files(backend, folder: str | Path) -> None:
-    """Write vocab.json and merges.txt beside what the library saves itself."""
-    model = json.loads(backend.backend_tokenizer.to_str())["model"]
-    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-    tokens = sorted(model["vocab"], key=model["vocab"].get)
-    write_vocabulary(tokens, merges, folder)
-
-
-def fit_to_length(backend, text: str, max_length: int) -> list[int]:
-    """The ids of a text, cut (with a warning) or filled up to `max_length`."""
-    end = backend.eos_token_id
-    ids = backend(text, verbose=False)["input_ids"]
-    if len(ids) > max_length:
-        lost = backend.decode(ids[max_length - 1 : -1])
-        warn_about_cut_words(lost, max_length - 2)
-        ids = ids[: max_length - 1] + [end]
-    return ids + [end] * (max_length - len(ids))
-
-
-class Tokenizer:
-    """Texts to rows of token ids: CLIP's byte-pair encoding, padded to one length.
-
-    A face for `transformers.CLIPTokenizer`, which is `.backend`.
-    """
-
-    def __init__(self, backend):
-        self.backend = backend
-        self.max_length: int = backend.model_max_length
-        self.start_id: int = backend.bos_token_id
-        self.end_id: int = backend.eos_token_id
-
-    @classmethod
-    def train(
-        cls, captions: Iterable[str], vocab_size: int = 1024, max_length: int = 77
-    ) -> "Tokenizer":
-        """Learn at most `vocab_size` tokens from captions.
-
-        514 or more, so that every text can be spelled; else ValueError.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            learn_vocabulary(captions, vocab_size, max_length, folder)
-            return cls(open_tokenizer(folder))
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
-        """Read a folder: ours, transformers' or diffusers'."""
-        return cls(open_tokenizer(folder))
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the files of transformers' newer and older versions."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.backend.save_pretrained(str(folder))
-        write_older_files(self.backend, folder)
-
-    def __len__(self) -> int:
-        return len(self.backend)
-
-    def __call__(self, texts: str | list[str]) -> Int64[Tensor, "b n"]:
-        """Ids `(b, max_length)`; warns, naming the words, where a text is cut."""
-        rows = []
-        for text in [texts] if isinstance(texts, str) else texts:
-            if not isinstance(text, str):
-                raise TypeError(f"a prompt must be text, not {type(text).__name__}")
-            rows.append(fit_to_length(self.backend, text, self.max_length))
-        return torch.tensor(rows, dtype=torch.int64).view(len(rows), self.max_length)
-
-    def tokens(self, text: str) -> list[str]:
-        """The pieces of a text, from start to end, without padding."""
-        ids = self.backend(text, verbose=False)["input_ids"]
-        return self.backend.convert_ids_to_tokens(ids)
-
-    def decode(self, ids: Int64[Tensor, "n"]) -> str:
-        """Ids back to text, in lower case, without start, end and padding."""
-        return self.backend.decode(ids.tolist(), skip_special_tokens=True)
 
 
 @dataclass(frozen=True)
@@ -421,10 +426,9 @@ class CLIPTextModel(Pretrained, nn.Module):
 class ImageTower(nn.Module):
     """A small picture encoder for training: `(b, 3, H, W)` to one vector `(b, d)`.
 
-    Convolutions see cells of 8×8 pixels and their neighbours; then each cell writes
-    what it saw to its own place in one long row, so that where a thing stands is
-    not lost. `image_size` is the side of the pictures; it and `width` are multiples
-    of 8. Raises ValueError for others, and for pictures of another size.
+    Each cell of 8×8 pixels writes what it saw to its own place in a row, so that where
+    a thing stands is not lost. Raises ValueError for pictures of another side than
+    `image_size`; it and `width` are multiples of 8.
     """
 
     def __init__(self, image_size: int = 64, width: int = 128):

@@ -4,70 +4,72 @@ Generated from chapters/12_fine_tuning.ipynb; do not edit.
 """
 
 import json
-import re
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int64
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .clip import CLIPTextModel, Tokenizer
-from .files import WeightsError, read_weights, write_atomically
-from .images import CaptionedImages
+from .clip import Tokenizer
+from .files import write_atomically
 from .pipeline import StableDiffusion
-from .run.checkpoints import check_fits, find_checkpoint
-from .run.memory import memory_needed
-from .run.plan import say_plan
-from .run.processes import count_steps, is_main_process
-from .run.settings import RunConfig, check_side, open_dataset, setting
+
+# Names that once stood here, for whoever imports them from here.
+from .run.adapters import (  # noqa: F401
+    HALVES,
+    LORA_FILE,
+    LORA_PARTS,
+    WORD_FILE,
+    alpha_in,
+    copy_matrix,
+    lora_config,
+    part_of,
+    read_config,
+    read_lora,
+    read_word,
+    refuse_rest,
+    stem,
+    take_matrices,
+)  # fmt: skip
+from .run.finetuning import (
+    FinetuningConfig,  # noqa: F401
+    LoRATrainingConfig,
+    WordTrainingConfig,
+    draw_class,
+    empty_parts,
+    open_model,
+    say_finetuning,
+    say_lora,
+)  # fmt: skip
+from .run.processes import is_main_process
+from .run.settings import open_dataset
 from .training.cache import Encoded, caption_ids
 from .training.loop import as_it_is, optimise
 from .training.loss import DiffusionLoss
-from .unet import UNet
-from .weights import build_empty
 
 __all__ = [
     "LowRank",
     "ATTENTION_MAPS",
     "lora_layers",
     "LoRA",
-    "LORA_FILE",
-    "LORA_PARTS",
-    "part_of",
-    "stem",
-    "lora_config",
     "save_lora",
-    "read_config",
-    "alpha_in",
-    "HALVES",
     "take_pair",
     "load_lora",
-    "FinetuningConfig",
-    "open_model",
     "encode",
     "loss_for",
     "WithText",
     "LatentsWithIds",
-    "empty_parts",
-    "say_finetuning",
-    "LoRATrainingConfig",
-    "draw_class",
     "NewAndPrior",
     "PriorLoss",
     "what_moves",
-    "say_lora",
     "train_lora",
     "add_word",
     "NewWords",
-    "WORD_FILE",
     "save_word",
     "load_word",
-    "WordTrainingConfig",
     "train_word",
 ]
 
@@ -206,45 +208,6 @@ class LoRA(nn.Module):
             hook.remove()
 
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks in a folder
-# A pipeline's parts that can have a LoRA; and what kohya's files call them.
-LORA_PARTS = {"unet": "lora_unet", "text_encoder": "lora_te"}
-
-
-def part_of(model: nn.Module) -> str:
-    """What a pipeline calls this model: "unet" or "text_encoder"."""
-    return "unet" if model.diffusers_class == "UNet2DConditionModel" else "text_encoder"
-
-
-def stem(model: nn.Module, name: str, kohya: bool) -> str:
-    """What a file calls one layer of a model.
-
-    As `unet.mid_block.attentions.0.…` in diffusers' files, `lora_unet_mid_block_…`
-    in kohya's, which say underscore for dot.
-    """
-    layer = model.get_submodule(name)
-    (key,) = model.rename_on_save({name: layer.weight})
-    part = part_of(model)
-    if kohya:
-        return f"{LORA_PARTS[part]}_{key}".replace(".", "_")
-    return f"{part}.{key}"
-
-
-def lora_config(lora: LoRA) -> dict:
-    """Ranks and alphas as PEFT's LoraConfig has them; the file's metadata hold it."""
-    config = {"target_modules": lora.names}
-    for entry, pattern, values in (
-        ("r", "rank_pattern", [pair.rank for pair in lora.pairs]),
-        ("lora_alpha", "alpha_pattern", [pair.alpha for pair in lora.pairs]),
-    ):
-        (most, _), *_ = Counter(values).most_common(1)
-        others = zip(lora.names, values, strict=True)
-        config[entry] = most
-        config[pattern] = {name: value for name, value in others if value != most}
-    part = part_of(lora.model())
-    return {f"{part}.{key}": value for key, value in config.items()}
-
-
 def save_lora(path: str | Path, *loras: LoRA, kohya: bool = False) -> None:
     """Write LoRAs of a UNet, of a text encoder, or of both into one file.
 
@@ -275,54 +238,15 @@ def save_lora(path: str | Path, *loras: LoRA, kohya: bool = False) -> None:
     write_atomically(path, lambda file: save_file(tensors, file, facts))
 
 
-def read_config(path: Path) -> dict:
-    """PEFT's config in a LoRA file of diffusers; empty without one."""
-    with safe_open(path, framework="pt") as file:
-        facts = file.metadata() or {}
-    config = json.loads(facts.get("lora_adapter_metadata", "{}"))
-    for key, value in config.items():
-        if key.endswith((".use_rslora", ".use_dora")) and value:
-            raise WeightsError(
-                f"{path} was made with {key}, another method than LoRA; train it "
-                "again without, or merge it in the program that made it"
-            )
-    return config
-
-
-def alpha_in(config: dict, key: str, otherwise: int | float) -> int | float:
-    """The alpha of the layer that the file calls `key`, by PEFT's config."""
-    part = key.split(".")[0]
-    for pattern, alpha in config.get(f"{part}.alpha_pattern", {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", key):
-            return alpha
-    return config.get(f"{part}.lora_alpha", otherwise)
-
-
-# What files call the two halves: PEFT, kohya, and diffusers' own scripts.
-HALVES = (("lora_A", "lora_B"), ("lora_down", "lora_up"))
-HALVES += (("lora.down", "lora.up"),)
-HALVES += (("lora_linear_layer.down", "lora_linear_layer.up"),)
-
-
 def take_pair(layer, key: str, tensors: dict[str, Tensor]) -> LowRank | None:
-    """Take a layer's pair out of a file's tensors, or None if it has none.
-
-    Where the file names no alpha, it is the rank.
-    """
-    pairs = [[f"{key}.{half}.weight" for half in halves] for halves in HALVES]
-    found = [pair for pair in pairs if all(name in tensors for name in pair)]
-    if not found:
+    """Take a layer's pair out of a file's tensors, or None if it has none."""
+    found = take_matrices(key, tensors)
+    if found is None:
         return None
-    down, up = (tensors.pop(name) for name in found[0])
-    alpha = tensors.pop(f"{key}.alpha", None)
-    pair = LowRank(layer, len(down), len(down) if alpha is None else alpha.item())
-    for mine, theirs, side in ((pair.down, down, "down"), (pair.up, up, "up")):
-        if mine.weight.shape != theirs.shape:
-            raise WeightsError(
-                f"{key}: its {side} matrix is {tuple(theirs.shape)}, but this model "
-                f"needs {tuple(mine.weight.shape)}; use the model it was made for"
-            )
-        mine.weight.data.copy_(theirs)
+    down, up, alpha = found
+    pair = LowRank(layer, len(down), alpha)
+    copy_matrix(pair.down, down, f"{key}: its down")
+    copy_matrix(pair.up, up, f"{key}: its up")
     return pair
 
 
@@ -335,13 +259,7 @@ def load_lora(
     and WeightsError for a file that does not belong to the pipeline, before anything
     is changed.
     """
-    path = Path(path)
-    path = path / LORA_FILE if path.is_dir() else path
-    start = r"^text_encoder\.(?!text_model\.)"  # newer transformers' names
-    tensors, pairs = {}, {}
-    for key, tensor in read_weights(path).items():
-        tensors[re.sub(start, "text_encoder.text_model.", key)] = tensor
-    config = read_config(path) if path.suffix == ".safetensors" else {}
+    (tensors, config), pairs = read_lora(path), {}
     for part in LORA_PARTS:
         model = getattr(pipe, part)
         for name, layer in lora_layers(model, "all").items():
@@ -350,54 +268,11 @@ def load_lora(
                 if pair := take_pair(layer, key, tensors):
                     pair.alpha = alpha_in(config, key, pair.alpha)
                     pairs.setdefault(part, {})[name] = pair
-    if tensors or not pairs:
-        some = ", ".join(list(tensors)[:5])
-        raise WeightsError(
-            f"{path} holds {len(tensors)} tensors that fit nothing here ({some}); give "
-            "a LoRA for this model, with names such as unet.….lora_A.weight "
-            "(diffusers) or lora_unet_….lora_down.weight (kohya)"
-        )
+    refuse_rest(path, tensors, pairs)
     return [
         LoRA(getattr(pipe, part), scale=scale, pairs=found)
         for part, found in pairs.items()
     ]
-
-
-@dataclass(frozen=True)
-class FinetuningConfig(RunConfig):
-    """What every fine-tuning needs to know, besides what every training does.
-
-    Attributes:
-        pretrained: the model to start from: a shipped one's name, a folder, a hub id.
-        caption_dropout: share of captions replaced by "" (for guidance).
-        snr_gamma: min-SNR weighting (Hang et al., 2023); 0 for none.
-    """
-
-    dataset_path: str = "my-pictures"
-    batch_size: int = 8
-    max_steps: int = 400
-    warmup_steps: int = 20
-    weight_decay: float = 0.0
-    ema_decay: float = 0.0
-    pretrained: str = "scenes"
-    caption_dropout: float = setting(0.1, at_least=0, at_most=1)
-    snr_gamma: float = setting(5.0, at_least=0)
-
-
-def open_model(config: FinetuningConfig) -> StableDiffusion:
-    """The model to fine-tune, frozen, on this process's device.
-
-    Raises ValueError for an image_size that its parts cannot halve often enough.
-    """
-    from accelerate import PartialState
-
-    pipe = StableDiffusion.from_pretrained(config.pretrained).to(PartialState().device)
-    halvings = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
-    factor = pipe.vae.config.downscale * halvings
-    check_side(config.image_size, factor, "the VAE with this UNet")
-    for model in (pipe.vae, pipe.text_encoder, pipe.unet):
-        model.to(memory_format=torch.channels_last).requires_grad_(False)
-    return pipe
 
 
 def encode(config, pipe: StableDiffusion, dataset: Dataset, name: str) -> Encoded:
@@ -447,78 +322,6 @@ class LatentsWithIds(Dataset):
         return self.encoded.__getitems__(indices)[0], self.ids[indices]
 
 
-def empty_parts(pipe: StableDiffusion) -> tuple[UNet, CLIPTextModel]:
-    """UNet and text model on the meta device, frozen, to reckon with."""
-    unet = build_empty(UNet, pipe.unet.config)
-    text_encoder = build_empty(CLIPTextModel, pipe.text_encoder.config)
-    return unet.requires_grad_(False), text_encoder.requires_grad_(False)
-
-
-def say_finetuning(
-    config, pipe: StableDiffusion, dataset: Dataset, whole: WithText,
-    *moving: nn.Module, copies: int = 1, **plan,
-) -> None:  # fmt: skip
-    """Say the plan of a fine-tuning, reckoned with `empty_parts` (chapter 8).
-
-    `whole` computes, the first of `moving` is what is trained; a step sees `copies` of
-    the batch. Raises ValueError for a checkpoint of other weights.
-    """
-    check_fits(find_checkpoint(config), moving[0])
-    b, side = copies * config.batch_size, config.image_size // pipe.vae.config.downscale
-    with torch.device("meta"):
-        x = torch.empty(b, pipe.vae.config.latent_channels, side, side)
-        ids = torch.zeros(b, pipe.tokenizer.max_length, dtype=torch.int64)
-        memory = memory_needed(config, whole, x, torch.zeros(b), ids, beside=moving)
-    say_plan(config, dataset, moving[0], memory, **plan)
-
-
-@dataclass(frozen=True)
-class LoRATrainingConfig(FinetuningConfig):
-    """Fine-tune a UNet on a few pictures, with LoRA or whole: `sdbook train-lora`.
-
-    Attributes:
-        rank: of the change of each layer; 0 trains the UNet itself.
-        alpha: the change counts alpha / rank; none given: the rank.
-        layers: "attention", or "all" linear and convolution layers.
-        train_text_encoder: change the text model, too, in the same way.
-        class_prompts: what to keep: the model draws these before, and is trained on
-            its own pictures as well (DreamBooth's prior preservation).
-        num_class_pictures: how many of these pictures.
-        prior_weight: how much they count, against 1 for the new ones.
-    """
-
-    output_dir: str = "runs/lora"
-    rank: int = setting(4, at_least=0)
-    alpha: float | None = None
-    layers: str = setting("attention", choices=("attention", "all"))
-    train_text_encoder: bool = False
-    class_prompts: tuple[str, ...] = ()
-    num_class_pictures: int = setting(100, at_least=1)
-    prior_weight: float = setting(1.0, at_least=0)
-
-
-def draw_class(config: LoRATrainingConfig, pipe: StableDiffusion) -> CaptionedImages:
-    """What the model draws before it is changed, each picture beside its prompt.
-
-    In `output_dir/class`; pictures that are there already stay.
-    """
-    from accelerate import PartialState
-
-    folder = Path(config.output_dir) / "class"
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(config.num_class_pictures if is_main_process() else 0):
-        path = folder / f"{number:05}.png"
-        prompt = config.class_prompts[number % len(config.class_prompts)]
-        words = path.with_suffix(".txt")
-        if path.exists() and words.exists() and words.read_text() == prompt:
-            continue
-        image = pipe(prompt, seed=config.seed + number, progress=False).images[0]
-        write_atomically(path, lambda file: image.save(file, "PNG"))  # noqa: B023
-        words.write_text(prompt)
-    PartialState().wait_for_everyone()
-    return CaptionedImages(folder, config.image_size)
-
-
 class NewAndPrior(Dataset):
     """New pictures and class pictures, as many of each in every batch."""
 
@@ -562,24 +365,6 @@ def what_moves(config: LoRATrainingConfig, unet: nn.Module, text_encoder: nn.Mod
     return WithText(*parts) if config.train_text_encoder else parts[0]
 
 
-def say_lora(config: LoRATrainingConfig, pipe: StableDiffusion, dataset) -> None:
-    """Say the plan of `train_lora`."""
-    from accelerate import PartialState
-
-    parts, classes, also = empty_parts(pipe), 0, {}
-    if config.class_prompts:
-        classes = config.num_class_pictures
-        also["class"] = (
-            f"{classes:,} pictures drawn first, to {config.output_dir}/class; each "
-            "step sees as many of them besides"
-        )
-    processes, longest = PartialState().num_processes, max(len(dataset), classes)
-    say_finetuning(
-        count_steps(config, longest, processes), pipe, dataset, WithText(*parts),
-        what_moves(config, *parts), copies=2 if classes else 1, also=also,
-    )  # fmt: skip
-
-
 def train_lora(config: LoRATrainingConfig) -> StableDiffusion | None:
     """Fine-tune a UNet (and its text model) and return the changed pipeline.
 
@@ -588,7 +373,8 @@ def train_lora(config: LoRATrainingConfig) -> StableDiffusion | None:
     `output_dir/pipeline`. Errors and resuming are those of `optimise`.
     """
     dataset, pipe = open_dataset(config), open_model(config)
-    say_lora(config, pipe, dataset)
+    parts = empty_parts(pipe)
+    say_lora(config, pipe, dataset, WithText(*parts), what_moves(config, *parts))
     if config.dry_run:
         return None
 
@@ -679,9 +465,6 @@ class NewWords(nn.Module):
         table[self.numbers] = self.rows.to(table)
 
 
-WORD_FILE = "learned_embeds.safetensors"  # where diffusers looks in a folder
-
-
 def save_word(path: str | Path, pipe: StableDiffusion, word: str) -> None:
     """Write a word and its row as diffusers does: `{word: (1, d)}`.
 
@@ -703,37 +486,11 @@ def load_word(pipe: StableDiffusion, path: str | Path, word: str | None = None) 
     Raises FileNotFoundError, ValueError for a word that is known, and WeightsError
     for what is not one row as wide as the text model.
     """
-    path = Path(path)
-    path = path / WORD_FILE if path.is_dir() else path
-    tensors = read_weights(path)
-    width = pipe.text_encoder.config.hidden_size
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if len(tensors) != 1 or [*found.values()][0] not in ((width,), (1, width)):
-        raise WeightsError(
-            f"{path} holds {found}, but one word with one row of {width} is expected; "
-            "give a word that was trained for this text model"
-        )
-    ((name, row),) = tensors.items()
+    name, row = read_word(path, pipe.text_encoder.config.hidden_size)
     number = add_word(pipe, word or name)
     table = pipe.text_encoder.embeddings.token_embedding.weight
-    table[number] = row.reshape(width).to(table)
+    table[number] = row.to(table)
     return word or name
-
-
-@dataclass(frozen=True)
-class WordTrainingConfig(FinetuningConfig):
-    """Teach a text model a new word for a few pictures: `sdbook train-word`.
-
-    Attributes:
-        word: the new word; the captions of the pictures say it.
-        like: a known word to start from, of one token; none: the mean of all.
-    """
-
-    output_dir: str = "runs/word"
-    learning_rate: float = 5e-3
-    word: str = "<new>"
-    like: str | None = None
-    caption_dropout: float = 0.0
 
 
 def train_word(config: WordTrainingConfig) -> StableDiffusion | None:

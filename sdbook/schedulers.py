@@ -34,7 +34,7 @@ __all__ = [
     "Timesteps",
     "Scheduler",
     "check_batch",
-    "Dice",
+    "Generators",
     "noise_like",
     "DDPMScheduler",
     "DDIMScheduler",
@@ -415,10 +415,10 @@ def check_batch(t: Timestep, x: Tensor, noise: Tensor | None = None) -> Tensor:
     return t
 
 
-Dice = torch.Generator | list[torch.Generator] | None
+Generators = torch.Generator | list[torch.Generator] | None
 
 
-def noise_like(x: Sample, generator: Dice = None) -> Sample:
+def noise_like(x: Sample, generator: Generators = None) -> Sample:
     """Standard normal noise of x's shape, dtype and device, from any device's dice.
 
     A list of generators gives picture k noise from generator k alone, so that it does
@@ -452,7 +452,8 @@ class DDPMScheduler(Scheduler):
         return int(following[0]) if len(following) else -1
 
     def step(
-        self, model_output: Sample, t: Timestep, sample: Sample, generator: Dice = None
+        self, model_output: Sample, t: Timestep, sample: Sample,
+        generator: Generators = None,
     ) -> Sample:
         """x at the previous timestep, drawn from q(x_prev | x_t, x0 as predicted)."""
         t = self.check_timestep(t)
@@ -488,7 +489,7 @@ class DDIMScheduler(Scheduler):
 
     def step(
         self, model_output: Sample, t: Timestep, sample: Sample,
-        generator: Dice = None, eta: int | float = 0.0,
+        generator: Generators = None, eta: int | float = 0.0,
     ) -> Sample:
         """x at the previous timestep.
 
@@ -763,7 +764,8 @@ class SigmaScheduler(Scheduler):
         return signal * x0 + spread * noise
 
     def step(
-        self, model_output: Sample, t: Timestep, sample: Sample, generator: Dice = None
+        self, model_output: Sample, t: Timestep, sample: Sample,
+        generator: Generators = None,
     ) -> Sample:
         """x at the next σ. ValueError for a t out of order."""
         i = self.place(t)
@@ -791,7 +793,7 @@ class EulerDiscreteScheduler(SigmaScheduler):
         final_sigmas_type=("zero",), sigma_min=(None,), sigma_max=(None,),
     )
 
-    def advance(self, x: Sample, x0: Sample, i: int, generator: Dice) -> Sample:
+    def advance(self, x: Sample, x0: Sample, i: int, generator: Generators) -> Sample:
         return euler_step(x, x0, *self.sigmas[i : i + 2])
 
 
@@ -803,7 +805,7 @@ class EulerAncestralDiscreteScheduler(SigmaScheduler):
     )
     accepts = Scheduler.accepts
 
-    def advance(self, x: Sample, x0: Sample, i: int, generator: Dice) -> Sample:
+    def advance(self, x: Sample, x0: Sample, i: int, generator: Generators) -> Sample:
         noise = noise_like(x, generator)
         return euler_ancestral_step(x, x0, *self.sigmas[i : i + 2], noise)
 
@@ -817,7 +819,7 @@ class LMSDiscreteScheduler(SigmaScheduler):
 
     accepts = SigmaScheduler.accepts | dict(rescale_betas_zero_snr=(False,))
 
-    def advance(self, x: Sample, x0: Sample, i: int, generator: Dice) -> Sample:
+    def advance(self, x: Sample, x0: Sample, i: int, generator: Generators) -> Sample:
         self.remember(self.sigmas[i], (x - x0) / self.sigmas[i], 4)
         return lms_step(x, *zip(*self.history), self.sigmas[i + 1])
 
@@ -842,7 +844,7 @@ class HeunDiscreteScheduler(SigmaScheduler):
         super().skip(steps)
         self.timesteps, self.sigmas = self.timesteps[steps:], self.sigmas[steps:]
 
-    def advance(self, x: Sample, x0: Sample, i: int, generator: Dice) -> Sample:
+    def advance(self, x: Sample, x0: Sample, i: int, generator: Generators) -> Sample:
         if i % 2 == 0:
             self.history = [x, (x - x0) / self.sigmas[i]]
             return euler_step(x, x0, *self.sigmas[i : i + 2])
@@ -865,7 +867,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
         down = self.config.beta_schedule == "squaredcos_cap_v2"  # as in diffusers
         return np.floor(timesteps) if down else timesteps.round()
 
-    def advance(self, x: Sample, x0: Sample, i: int, generator: Dice) -> Sample:
+    def advance(self, x: Sample, x0: Sample, i: int, generator: Generators) -> Sample:
         self.remember(self.sigmas[i], x0, 2)
         return dpmpp_2m_step(x, *zip(*self.history), self.sigmas[i + 1])
 
@@ -883,7 +885,7 @@ class UniPCMultistepScheduler(SigmaScheduler):
     )
     variance_one = True
 
-    def advance(self, x: Sample, x0: Sample, i: int, generator: Dice) -> Sample:
+    def advance(self, x: Sample, x0: Sample, i: int, generator: Generators) -> Sample:
         if self.history and self.history[-1][0] != self.sigmas[i]:
             x = unic_step(self.corrected, *zip(*self.history), self.sigmas[i], x0)
         self.remember(self.sigmas[i], x0, 2)
@@ -944,7 +946,8 @@ class PNDMScheduler(Scheduler):
         self.timesteps = torch.tensor([asked for asked, _, _ in moves])
 
     def step(
-        self, model_output: Sample, t: Timestep, sample: Sample, generator: Dice = None
+        self, model_output: Sample, t: Timestep, sample: Sample,
+        generator: Generators = None,
     ) -> Sample:
         """x at the next of `timesteps`. ValueError for a t out of order."""
         i = self.place(t)

@@ -4,6 +4,7 @@ Every field is a flag of the command line and a key of its YAML files.
 """
 
 import importlib.util
+import numbers
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -18,6 +19,12 @@ LIMITS = {
     "more_than": operator.gt,
     "at_most": operator.le,
     "below": operator.lt,
+}
+WORDS = {
+    "at_least": "at least",
+    "more_than": "more than",
+    "at_most": "at most",
+    "below": "less than",
 }
 
 
@@ -60,13 +67,19 @@ def check_settings(config) -> None:
         choices = facts.get("choices")
         if choices and value not in (None, *choices):
             raise ValueError(f"{one.name} {value!r} is none of {', '.join(choices)}")
-        values = value if isinstance(value, tuple | list) else [value]
-        for name, holds in LIMITS.items():
-            limit = facts.get(name)
-            for number in values if limit is not None and value is not None else ():
-                if not holds(number, limit):
-                    words = name.replace("_", " ")
-                    raise ValueError(f"{one.name} is {value}; give {words} {limit}")
+        limits = {name: facts[name] for name in LIMITS if name in facts}
+        values = value if isinstance(one.default, tuple) else [value]
+        for number in values if limits and value is not None else ():
+            whole = one.type in (int, int | None)
+            is_number = isinstance(number, numbers.Integral if whole else numbers.Real)
+            if not is_number or not all(
+                LIMITS[name](number, limit) for name, limit in limits.items()
+            ):
+                words = [f"{WORDS[name]} {limit}" for name, limit in limits.items()]
+                what = "" if is_number else f"a {'whole ' * whole}number, "
+                raise ValueError(
+                    f"{one.name} is {value!r}; give {what}{' and '.join(words)}"
+                )
 
 
 def check_machine(config: "RunConfig") -> None:
@@ -146,13 +159,13 @@ class RunConfig:
     num_pictures: int = setting(20_000, at_least=1)
     kinds: tuple[str, ...] = ()
     image_size: int = setting(64, at_least=1)
-    crops: int = 0
+    crops: int = setting(0, at_least=0)
     flip: bool = False
-    on_error: str = "skip"
+    on_error: str = setting("skip", choices=("skip", "raise"))
     batch_size: int = setting(64, at_least=1)
     gradient_accumulation_steps: int = setting(1, at_least=1)
     num_workers: int = setting(0, at_least=0)
-    seed: int = 0
+    seed: int = setting(0, at_least=0)
 
     max_steps: int = setting(1000, at_least=1)
     num_train_epochs: int | None = setting(None, at_least=1)

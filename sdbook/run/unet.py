@@ -159,6 +159,11 @@ def asked_shape(config: TrainingConfig) -> UNetConfig | None:
     Raises ValueError for one that cannot be built.
     """
     if config.unet_config:
+        if not Path(config.unet_config).is_file():
+            raise FileNotFoundError(
+                f"unet_config: there is no file {config.unet_config}; give one like "
+                "the config.json in a model's unet/, or leave it out"
+            )
         shape = UNetConfig.from_dict(read_json(config.unet_config), config.unet_config)
     elif config.pretrained and not config.unet_preset and not config.unet_dim:
         return None

@@ -32,6 +32,9 @@ __all__ = [
     "CLIPTrainingConfig",
     "new_text_encoder",
     "Tokenize",
+    "say_clip_plan",
+    "save_clip",
+    "clip_loss",
     "train_clip",
 ]
 
@@ -98,6 +101,33 @@ class Tokenize:
         return torch.stack(pixels), caption_ids(self.tokenizer, list(captions))
 
 
+def say_clip_plan(config: CLIPTrainingConfig, dataset, clip: CLIP, twins: bool) -> None:
+    """Say steps, sizes and memory of a training before it starts."""
+    count, side = config.batch_size * (2 if twins else 1), config.image_size
+    ids = torch.zeros(count, config.max_length, dtype=torch.int64, device="meta")
+    pixels = torch.empty(count, 3, side, side, device="meta")
+    empty = copy.deepcopy(clip).to("meta")
+    say_plan(config, dataset, empty, memory_needed(config, empty, ids, pixels))
+
+
+def save_clip(clip: CLIP, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write text model, tokenizer and, as `clip.safetensors`, the rest."""
+    clip.text_encoder.save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    state = clip.state_dict().items()
+    rest = {key: t for key, t in state if not key.startswith("text_encoder.")}
+    save_weights(rest, folder / "clip.safetensors")
+
+
+def clip_loss(module, batch, generator, rows):
+    """The contrastive loss of a batch, and the share of texts that choose right."""
+    pixels, ids = (part.to(generator.device) for part in batch)
+    same = (ids[:, None] == ids[None]).all(-1)
+    logits = module(ids, pixels)
+    right = same.gather(1, logits.argmax(1, keepdim=True)).float().mean()
+    return contrastive_loss(logits, same), {"accuracy": right}
+
+
 def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel | None:
     """Train text and picture towers to agree; save text model and tokenizer.
 
@@ -115,27 +145,11 @@ def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel | None:
     text_encoder = new_text_encoder(config, tokenizer)
     clip = CLIP(text_encoder, config.image_size, projection_dim=config.hidden_size)
     start_apart(clip)
-    count = config.batch_size * (2 if twins else 1)
-    ids = torch.zeros(count, config.max_length, dtype=torch.int64, device="meta")
-    pixels = torch.empty(count, 3, config.image_size, config.image_size, device="meta")
-    empty = copy.deepcopy(clip).to("meta")
-    say_plan(config, dataset, empty, memory_needed(config, empty, ids, pixels))
+    say_clip_plan(config, dataset, clip, twins)
     if config.dry_run:
         return None
-
-    def loss_of(module, batch, generator, rows):
-        pixels, ids = (part.to(generator.device) for part in batch)
-        same = (ids[:, None] == ids[None]).all(-1)
-        logits = module(ids, pixels)
-        right = same.gather(1, logits.argmax(1, keepdim=True)).float().mean()
-        return contrastive_loss(logits, same), {"accuracy": right}
-
     data, collate = Twins(dataset) if twins else dataset, Tokenize(tokenizer, twins)
-    clip = optimise(config, clip, data, loss_of, collate=collate).eval()
+    clip = optimise(config, clip, data, clip_loss, collate=collate).eval()
     if is_main_process():
-        clip.text_encoder.save_pretrained(Path(config.output_dir) / "text_encoder")
-        tokenizer.save_pretrained(Path(config.output_dir) / "tokenizer")
-        state = clip.state_dict().items()
-        rest = {key: t for key, t in state if not key.startswith("text_encoder.")}
-        save_weights(rest, Path(config.output_dir) / "clip.safetensors")
+        save_clip(clip, tokenizer, Path(config.output_dir))
     return clip.text_encoder

@@ -627,3 +627,53 @@ def test_evaluate_writes_a_report(model, tmp_path, capsys):
 def test_evaluate_refuses_nothing(model, capsys):
     arguments = ["evaluate", "--checkpoint_path", model, "--num_prompts", "0"]
     assert "num_prompts" in refused(capsys, arguments)
+
+
+@pytest.mark.parametrize("flag", ["unet_channels", "norm_num_groups", "offset_noise"])
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_a_flag_of_the_first_edition_is_gone(tmp_path, capsys, flag, in_a_file):
+    given = [f"--{flag}", "3"]
+    if in_a_file:
+        (tmp_path / "old.yaml").write_text(f"{flag}: 3\n")
+        given = ["--config", str(tmp_path / "old.yaml")]
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", *given])
+    assert stopped.value.code == 2
+    assert f"{flag} is gone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prompt", ["3", "true", "[a star, 4]", "{a: b}"])
+def test_a_prompt_in_a_file_that_is_no_text_is_refused(tmp_path, capsys, prompt):
+    (tmp_path / "prompt.yaml").write_text(f"prompt: {prompt}\n")
+    with pytest.raises(SystemExit):
+        main(["sample", "--config", str(tmp_path / "prompt.yaml")])
+    assert "quotes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["no.json", "."])
+def test_a_unet_config_that_is_no_file_is_named(path, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--unet_config", path, "--dry_run"])
+    assert "unet_config: there is no file" in capsys.readouterr().err
+
+
+def test_an_old_flag_that_another_command_has_is_not_gone(capsys):
+    with pytest.raises(SystemExit):
+        main(["train-vae", "--layers_per_block", "x"])
+    assert "gone" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"batch_size": "x"}, {"batch_size": 1.5}, {"batch_size": ()}, {"ema_decay": 1.0},
+     {"seed": -1}, {"crops": -1}, {"on_error": "x"}, {"learning_rate": float("nan")}],
+)  # fmt: skip
+def test_a_setting_of_another_kind_is_refused_by_name(options):
+    from sdbook.run.settings import check_settings
+    from sdbook.training import TrainingConfig
+
+    ((name, value),) = options.items()
+    config = TrainingConfig()
+    object.__setattr__(config, name, value)  # the tests' own types would refuse it
+    with pytest.raises(ValueError, match=name):
+        check_settings(config)

@@ -479,7 +479,8 @@ def test_the_plan_reckons_what_a_step_keeps(home, monkeypatch):
     """More is kept with class pictures and a text model; a whole UNet weighs more."""
     said = {}
     monkeypatch.setattr(
-        finetuning, "say_plan", lambda config, data, module, memory, **more: memory
+        "sdbook.run.finetuning.say_plan",
+        lambda config, data, module, memory, **more: memory
         and said.update({config.output_dir: memory}),
     )  # fmt: skip
     for kind in ("lora", "prior", "text", "whole", "word"):

@@ -670,15 +670,15 @@ def test_killed_at_random_moments_and_inside_checkpoints(tmp_path):
         ({"num_train_epochs": 0}, "num_train_epochs is 0; give at least 1"),
         ({"unet_preset": "huge"}, "unet_preset 'huge' is none of tiny, scenes, small"),
         ({"unet_dim": 40, "unet_config": "a.json"}, "unet_config is a.json.* one of"),
-        ({"unet_config": "there/is/none.json"}, "there is no folder there/is"),
+        ({"unet_config": "there/is/none.json"}, "unet_config: there is no file there/is"),
         ({"unet_dim": 40}, r"\(40, 80, 120\) do not split into norm_num"),
         ({"rescale_betas_zero_snr": True}, "prediction_type 'epsilon'.* v_prediction"),
         ({"beta_schedule": "quadratic"}, "beta_schedule='quadratic'"),
         ({"prediction_type": "noise"}, "prediction_type='noise'"),
         ({"caption_dropout": 1.5}, "caption_dropout is 1.5"),
         ({"snr_gamma": -1.0}, "snr_gamma is -1.0"),
-        ({"snr_power": 1.5}, "snr_power is 1.5; give at most 1"),
-        ({"noisy_share": 1.5}, "noisy_share is 1.5; give at most 1"),
+        ({"snr_power": 1.5}, "snr_power is 1.5; give at least 0 and at most 1"),
+        ({"noisy_share": 1.5}, "noisy_share is 1.5; give at least 0 and at most 1"),
     ],
 )
 def test_settings_that_cannot_be_meant(options, message):

@@ -1,0 +1,169 @@
+"""What a fine-tuning starts from: its settings, the frozen model, class pictures.
+
+And the plan of it, reckoned before anything is computed.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from ..clip import CLIPTextModel
+from ..files import write_atomically
+from ..images import CaptionedImages
+from ..pipeline import StableDiffusion
+from ..unet import UNet
+from ..weights import build_empty
+from .checkpoints import check_fits, find_checkpoint
+from .memory import memory_needed
+from .plan import say_plan
+from .processes import count_steps, is_main_process
+from .settings import RunConfig, check_side, setting
+
+
+@dataclass(frozen=True)
+class FinetuningConfig(RunConfig):
+    """What every fine-tuning needs to know, besides what every training does.
+
+    Attributes:
+        pretrained: the model to start from: a shipped one's name, a folder, a hub id.
+        caption_dropout: share of captions replaced by "" (for guidance).
+        snr_gamma: min-SNR weighting (Hang et al., 2023); 0 for none.
+    """
+
+    dataset_path: str = "my-pictures"
+    batch_size: int = 8
+    max_steps: int = 400
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    ema_decay: float = 0.0
+    pretrained: str = "scenes"
+    caption_dropout: float = setting(0.1, at_least=0, at_most=1)
+    snr_gamma: float = setting(5.0, at_least=0)
+
+
+@dataclass(frozen=True)
+class LoRATrainingConfig(FinetuningConfig):
+    """Fine-tune a UNet on a few pictures, with LoRA or whole: `sdbook train-lora`.
+
+    Attributes:
+        rank: of the change of each layer; 0 trains the UNet itself.
+        alpha: the change counts alpha / rank; none given: the rank.
+        layers: "attention", or "all" linear and convolution layers.
+        train_text_encoder: change the text model, too, in the same way.
+        class_prompts: what to keep: the model draws these before, and is trained on
+            its own pictures as well (DreamBooth's prior preservation).
+        num_class_pictures: how many of these pictures.
+        prior_weight: how much they count, against 1 for the new ones.
+    """
+
+    output_dir: str = "runs/lora"
+    rank: int = setting(4, at_least=0)
+    alpha: float | None = None
+    layers: str = setting("attention", choices=("attention", "all"))
+    train_text_encoder: bool = False
+    class_prompts: tuple[str, ...] = ()
+    num_class_pictures: int = setting(100, at_least=1)
+    prior_weight: float = setting(1.0, at_least=0)
+
+
+@dataclass(frozen=True)
+class WordTrainingConfig(FinetuningConfig):
+    """Teach a text model a new word for a few pictures: `sdbook train-word`.
+
+    Attributes:
+        word: the new word; the captions of the pictures say it.
+        like: a known word to start from, of one token; none: the mean of all.
+    """
+
+    output_dir: str = "runs/word"
+    learning_rate: float = 5e-3
+    word: str = "<new>"
+    like: str | None = None
+    caption_dropout: float = 0.0
+
+
+def open_model(config: FinetuningConfig) -> StableDiffusion:
+    """The model to fine-tune, frozen, on this process's device.
+
+    Raises ValueError for an image_size that its parts cannot halve often enough.
+    """
+    from accelerate import PartialState
+
+    pipe = StableDiffusion.from_pretrained(config.pretrained).to(PartialState().device)
+    halvings = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    factor = pipe.vae.config.downscale * halvings
+    check_side(config.image_size, factor, "the VAE with this UNet")
+    for model in (pipe.vae, pipe.text_encoder, pipe.unet):
+        model.to(memory_format=torch.channels_last).requires_grad_(False)
+    return pipe
+
+
+def draw_class(config: LoRATrainingConfig, pipe: StableDiffusion) -> CaptionedImages:
+    """What the model draws before it is changed, each picture beside its prompt.
+
+    In `output_dir/class`; pictures that are there already stay.
+    """
+    from accelerate import PartialState
+
+    folder = Path(config.output_dir) / "class"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(config.num_class_pictures if is_main_process() else 0):
+        path = folder / f"{number:05}.png"
+        prompt = config.class_prompts[number % len(config.class_prompts)]
+        words = path.with_suffix(".txt")
+        if path.exists() and words.exists() and words.read_text() == prompt:
+            continue
+        image = pipe(prompt, seed=config.seed + number, progress=False).images[0]
+        write_atomically(path, lambda file: image.save(file, "PNG"))  # noqa: B023
+        words.write_text(prompt)
+    PartialState().wait_for_everyone()
+    return CaptionedImages(folder, config.image_size)
+
+
+def empty_parts(pipe: StableDiffusion) -> tuple[UNet, CLIPTextModel]:
+    """UNet and text model on the meta device, frozen, to reckon with."""
+    unet = build_empty(UNet, pipe.unet.config)
+    text_encoder = build_empty(CLIPTextModel, pipe.text_encoder.config)
+    return unet.requires_grad_(False), text_encoder.requires_grad_(False)
+
+
+def say_finetuning(
+    config, pipe: StableDiffusion, dataset: Dataset, whole: nn.Module,
+    *moving: nn.Module, copies: int = 1, **plan,
+) -> None:  # fmt: skip
+    """Say the plan of a fine-tuning, reckoned with `empty_parts`.
+
+    `whole`, a `WithText`, computes, the first of `moving` is what is trained; a step
+    sees `copies` of the batch. Raises ValueError for a checkpoint of other weights.
+    """
+    check_fits(find_checkpoint(config), moving[0])
+    b, side = copies * config.batch_size, config.image_size // pipe.vae.config.downscale
+    with torch.device("meta"):
+        x = torch.empty(b, pipe.vae.config.latent_channels, side, side)
+        ids = torch.zeros(b, pipe.tokenizer.max_length, dtype=torch.int64)
+        memory = memory_needed(config, whole, x, torch.zeros(b), ids, beside=moving)
+    say_plan(config, dataset, moving[0], memory, **plan)
+
+
+def say_lora(
+    config: LoRATrainingConfig, pipe: StableDiffusion, dataset: Dataset,
+    whole: nn.Module, moving: nn.Module,
+) -> None:  # fmt: skip
+    """Say the plan of `train_lora`; of `whole`, `moving` is trained."""
+    from accelerate import PartialState
+
+    classes, also = 0, {}
+    if config.class_prompts:
+        classes = config.num_class_pictures
+        also["class"] = (
+            f"{classes:,} pictures drawn first, to {config.output_dir}/class; each "
+            "step sees as many of them besides"
+        )
+    processes, longest = PartialState().num_processes, max(len(dataset), classes)
+    say_finetuning(
+        count_steps(config, longest, processes), pipe, dataset, whole, moving,
+        copies=2 if classes else 1, also=also,
+    )  # fmt: skip
