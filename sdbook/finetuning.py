@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int64
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .clip import Tokenizer
-from .files import write_atomically
+from .files import save_weights
 from .pipeline import StableDiffusion
 
 # Names that once stood here, for whoever imports them from here.
@@ -232,10 +231,8 @@ def save_lora(path: str | Path, *loras: LoRA, kohya: bool = False) -> None:
             tensors[f"{key}.{up}.weight"] = pair.up.weight
             if kohya:
                 tensors[f"{key}.alpha"] = torch.tensor(float(pair.alpha))
-    tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     facts = {} if kohya else {"lora_adapter_metadata": json.dumps(config)}
-    facts["format"] = "pt"
-    write_atomically(path, lambda file: save_file(tensors, file, facts))
+    save_weights(tensors, path, **facts)
 
 
 def take_pair(layer, key: str, tensors: dict[str, Tensor]) -> LowRank | None:
@@ -476,8 +473,7 @@ def save_word(path: str | Path, pipe: StableDiffusion, word: str) -> None:
     if word not in (words := pipe.tokenizer.backend.get_added_vocab()):
         raise ValueError(f"{word!r} is no added word; there are {', '.join(words)}")
     table = pipe.text_encoder.embeddings.token_embedding.weight
-    row = table[words[word]].detach().cpu()[None].contiguous()
-    write_atomically(path, lambda file: save_file({word: row}, file, {"format": "pt"}))
+    save_weights({word: table[words[word]][None]}, path)
 
 
 def load_word(pipe: StableDiffusion, path: str | Path, word: str | None = None) -> str:
