@@ -499,8 +499,10 @@ def test_pages_fit_a_phone(facts):
 
 def test_chapters_and_exercises_carry_their_numbers(facts):
     for path in CHAPTERS:
-        number, seen = int(path.stem[:2]), facts[chapter_page(path)]
-        assert seen["number"] == [f"Chapter {number}"], path.stem
+        number, seen = path.stem.split("_")[0], facts[chapter_page(path)]
+        kind = "Chapter" if number.isdigit() else "Appendix"
+        number = number.lstrip("0") or "0"
+        assert seen["number"] == [f"{kind} {number}"], path.stem
         for position, title in enumerate(seen["exercises"], start=1):
             assert title.startswith(f"Exercise {number}.{position}"), path.stem
 
