@@ -3,6 +3,7 @@
 And the plan of it, reckoned before anything is computed.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +62,7 @@ class LoRATrainingConfig(FinetuningConfig):
 
     output_dir: str = "runs/lora"
     rank: int = setting(4, at_least=0)
-    alpha: float | None = None
+    alpha: float | None = setting(None, more_than=0, below=math.inf)
     layers: str = setting("attention", choices=("attention", "all"))
     train_text_encoder: bool = False
     class_prompts: tuple[str, ...] = ()

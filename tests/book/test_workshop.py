@@ -56,6 +56,7 @@ FLOORS = {
     "run.memory": 4.2,
     "run.reports": 4.1,
     "run.networks": 4.1,
+    "run.words": 4.15,
     "run.adapters": 4.1,
     "run.progress": 4.1,
     "run.tables": 4.1,
