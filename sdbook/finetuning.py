@@ -49,26 +49,10 @@ from .training.loop import as_it_is, optimise
 from .training.loss import DiffusionLoss
 
 __all__ = [
-    "LowRank",
-    "ATTENTION_MAPS",
-    "lora_layers",
-    "LoRA",
-    "save_lora",
-    "take_pair",
-    "load_lora",
-    "encode",
-    "loss_for",
-    "WithText",
-    "LatentsWithIds",
-    "NewAndPrior",
-    "PriorLoss",
-    "what_moves",
-    "train_lora",
-    "add_word",
-    "NewWords",
-    "save_word",
-    "load_word",
-    "train_word",
+    "LowRank", "ATTENTION_MAPS", "lora_layers", "LoRA", "save_lora", "take_pair",
+    "load_lora", "encode", "loss_for", "WithText", "LatentsWithIds", "NewAndPrior",
+    "PriorLoss", "what_moves", "train_lora", "add_word", "NewWords", "save_word",
+    "load_word", "train_word",
 ]
 
 

@@ -27,13 +27,8 @@ from .cache import caption_ids, warn_about_long
 from .loop import optimise
 
 __all__ = [
-    "start_apart",
-    "CLIPTrainingConfig",
-    "new_text_encoder",
-    "Tokenize",
-    "say_clip_plan",
-    "clip_loss",
-    "train_clip",
+    "start_apart", "CLIPTrainingConfig", "new_text_encoder", "Tokenize",
+    "say_clip_plan", "clip_loss", "train_clip",
 ]
 
 
