@@ -101,7 +101,8 @@ class TrainingConfig(RunConfig):
                 "config.json in a model's unet/, or leave it out"
             )
         if self.unet_preset or self.unet_dim:
-            widths, *_, groups = sized_preset(self.unet_preset or "small", self.unet_dim)
+            preset = self.unet_preset or "small"
+            widths, *_, groups = sized_preset(preset, self.unet_dim)
             check_multiple("the widths", widths, "norm_num_groups", groups)
 
 

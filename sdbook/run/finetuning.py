@@ -16,7 +16,7 @@ from ..pipeline import StableDiffusion
 from ..unet import UNet
 from ..weights import build_empty
 from .checkpoints import check_fits, find_checkpoint
-from .configs import FinetuningConfig, LoRATrainingConfig, WordTrainingConfig  # noqa: F401
+from .configs import FinetuningConfig, LoRATrainingConfig
 from .memory import memory_needed
 from .plan import say_plan
 from .processes import count_steps, is_main_process

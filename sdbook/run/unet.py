@@ -13,7 +13,7 @@ from ..pipeline import check_tokenizer, load_scheduler
 from ..schedulers import DDIMScheduler
 from ..unet import UNet, UNetConfig
 from ..vae import AutoencoderKL
-from .configs import PRESETS, TrainingConfig, sized_preset  # noqa: F401
+from .configs import TrainingConfig, sized_preset
 from .memory import memory_needed
 from .settings import check_multiple, check_side
 
