@@ -11,11 +11,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .clip import Tokenizer
-from .pipeline import StableDiffusion
-
 # Names that once stood here, for whoever imports them from here.
-from .run.adapters import (  # noqa: F401
+from .adapters import (  # noqa: F401
     HALVES,
     LORA_FILE,
     LORA_PARTS,
@@ -27,10 +24,14 @@ from .run.adapters import (  # noqa: F401
     save_lora,
     stem,
 )
-from .run.finetuning import (
+from .clip import Tokenizer
+from .pipeline import StableDiffusion
+from .run.configs import (
     FinetuningConfig,  # noqa: F401
     LoRATrainingConfig,
     WordTrainingConfig,
+)
+from .run.finetuning import (
     draw_class,
     empty_parts,
     open_model,
@@ -39,7 +40,11 @@ from .run.finetuning import (
 )  # fmt: skip
 from .run.processes import is_main_process
 from .run.settings import open_dataset
-from .run.words import (
+from .schedulers import change_scheduler
+from .training.cache import Encoded, caption_ids
+from .training.loop import as_it_is, optimise
+from .training.loss import DiffusionLoss
+from .words import (
     WORD_FILE,  # noqa: F401
     check_word,
     number_of,
@@ -47,30 +52,11 @@ from .run.words import (
     save_word,
     spelled,
 )
-from .schedulers import change_scheduler
-from .training.cache import Encoded, caption_ids
-from .training.loop import as_it_is, optimise
-from .training.loss import DiffusionLoss
 
 __all__ = [
-    "LowRank",
-    "ATTENTION_MAPS",
-    "lora_layers",
-    "LoRA",
-    "take_pair",
-    "load_lora",
-    "encode",
-    "loss_for",
-    "WithText",
-    "LatentsWithIds",
-    "NewAndPrior",
-    "PriorLoss",
-    "what_moves",
-    "train_lora",
-    "add_rows",
-    "add_word",
-    "NewWords",
-    "load_word",
+    "LowRank", "ATTENTION_MAPS", "lora_layers", "LoRA", "take_pair", "load_lora",
+    "encode", "loss_for", "WithText", "LatentsWithIds", "NewAndPrior", "PriorLoss",
+    "what_moves", "train_lora", "add_rows", "add_word", "NewWords", "load_word",
     "train_word",
 ]
 
@@ -152,8 +138,7 @@ class LoRA(nn.Module):
         self.model = lambda: model
         self.names, self.pairs, self.hooks = [], nn.ModuleList(), []
         if pairs is None:
-            alpha = rank if alpha is None else alpha
-            chosen = lora_layers(model, layers)
+            alpha, chosen = alpha or rank, lora_layers(model, layers)
             full = max(min(one.weight.flatten(1).shape) for one in chosen.values())
             check_number("rank", rank, at_least=1, at_most=full)  # a matrix has no more
             pairs = {name: LowRank(one, rank, alpha) for name, one in chosen.items()}

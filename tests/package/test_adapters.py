@@ -11,6 +11,7 @@ from helpers import relative_error, small_pipeline
 from safetensors.torch import save_file
 from torch import nn
 
+from sdbook.adapters import LORA_FILE, check_number, globs_of, layer_names
 from sdbook.clip import expand_words
 from sdbook.files import WeightsError, read_weights
 from sdbook.finetuning import (
@@ -22,7 +23,6 @@ from sdbook.finetuning import (
     save_lora,
     save_word,
 )
-from sdbook.run.adapters import LORA_FILE, check_number, globs_of, layer_names
 
 BLOCK = "mid_block.attentions.0.transformer_blocks.0.attn2"
 TEXT = "encoder.layers.1.self_attn"
@@ -420,7 +420,7 @@ def test_files_that_are_none(kind, content, pipe, tmp_path):
 
 @pytest.mark.parametrize("path", ["", None, 5])
 def test_a_path_that_is_none(path, pipe, tmp_path):
-    from sdbook.run.adapters import as_path
+    from sdbook.adapters import as_path
 
     with pytest.raises(ValueError, match="give a file or a folder"):
         as_path(path, "a LoRA")

@@ -19,8 +19,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..files import WeightsError, list_folder, read_json, read_weights, save_weights
-from ..formats import UNET_RULES, rename
+from .files import WeightsError, list_folder, read_json, read_weights, save_weights
+from .formats import UNET_RULES, rename
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks in a folder
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # and where PEFT does

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..clip import Tokenizer, expand_words
-from ..files import WeightsError, list_folder, read_weights, save_weights
-from ..weights import WIDTHS
 from .adapters import as_path
+from .clip import Tokenizer, expand_words
+from .files import WeightsError, list_folder, read_weights, save_weights
+from .weights import WIDTHS
 
 WORD_FILE = "learned_embeds.safetensors"
 WORD_FILES = (WORD_FILE, "learned_embeds.bin")
