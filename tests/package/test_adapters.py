@@ -464,11 +464,12 @@ def test_a_lora_of_numbers_that_cannot_be_meant(options, words, pipe, tmp_path):
             load_lora(pipe, lora_file(tmp_path / "a.safetensors"), **options)
 
 
-def test_an_alpha_of_zero_is_not_the_rank(pipe):
-    lora = LoRA(pipe.unet, rank=4, alpha=0)
+def test_an_alpha_of_zero_in_a_file_is_zero(pipe, tmp_path):
+    path = lora_file(tmp_path / "a.safetensors", alpha=torch.tensor(0.0))
+    (lora,) = load_lora(pipe, path)
     lora.remove()
-    assert lora.pairs[0].alpha == 0
-    for alpha in (0.0, float("nan"), float("inf")):
+    assert lora.pairs[0].alpha == 0 and not lora.pairs[0].change().any()
+    for alpha in (-1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="alpha is"):
             LoRATrainingConfig(alpha=alpha)
 
