@@ -1,8 +1,9 @@
 # ruff: noqa: F401
 """Training: the loss, the loop and the cache, and with them UNet, VAE and CLIP.
 
-Written by hand; the modules are generated from chapters 05, 06 and 08. It hands on
-their names, and those of `sdbook.run` that a training of one's own needs.
+Written by hand, like `cache` and `validation`; the other modules are generated from
+chapters 05, 06 and 08. It hands on their names, and those of `sdbook.run` that a
+training of one's own needs.
 """
 
 from ..images import short_name
@@ -14,6 +15,7 @@ from ..run.checkpoints import (
     read_checkpoint,
     save_checkpoint,
 )
+from ..run.loading import as_it_is
 from ..run.logs import Log, Meter
 from ..run.memory import keep_all, kept_bytes, memory_needed, recompute_blocks
 from ..run.plan import describe_plan, say_plan
@@ -24,7 +26,10 @@ from ..run.unet import (
     PRESETS,
     TrainingConfig,
     find_sizes,
+    new_unet,
     preset_shape,
+    start_white,
+    whitening,
 )
 from ..twins import Twins, exchange, invent_twin
 from .cache import Encoded, caption_ids
@@ -33,14 +38,13 @@ from .loop import (
     EMA,
     Run,
     StepSampler,
-    as_it_is,
     learning_rate_at,
     optimise,
     step_generator,
     take_step,
 )
 from .loss import ALL_ROWS, DiffusionLoss, lean_to_noise, min_snr_weights
-from .unet import Validation, new_unet, start_white, train, whitening
+from .unet import train
 from .vae import (
     VAELoss,
     VAETrainingConfig,
@@ -51,3 +55,4 @@ from .vae import (
     start_certain,
     train_vae,
 )
+from .validation import Validation
