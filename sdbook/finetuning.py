@@ -32,10 +32,12 @@ from .adapters import (  # noqa: F401
 from .clip import Tokenizer
 from .files import save_weights
 from .pipeline import StableDiffusion
-from .run.finetuning import (
+from .run.configs import (
     FinetuningConfig,  # noqa: F401
     LoRATrainingConfig,
     WordTrainingConfig,
+)
+from .run.finetuning import (
     draw_class,
     empty_parts,
     open_model,

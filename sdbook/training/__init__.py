@@ -15,6 +15,12 @@ from ..run.checkpoints import (
     read_checkpoint,
     save_checkpoint,
 )
+from ..run.configs import (
+    PRESETS,
+    CLIPTrainingConfig,
+    TrainingConfig,
+    VAETrainingConfig,
+)
 from ..run.loading import as_it_is
 from ..run.logs import Log, Meter
 from ..run.memory import keep_all, kept_bytes, memory_needed, recompute_blocks
@@ -23,8 +29,6 @@ from ..run.processes import count_steps, is_main_process, make_accelerator
 from ..run.settings import RunConfig, check_side, open_dataset, setting
 from ..run.tables import Rows, fingerprint
 from ..run.unet import (
-    PRESETS,
-    TrainingConfig,
     find_sizes,
     new_unet,
     preset_shape,
@@ -33,7 +37,7 @@ from ..run.unet import (
 )
 from ..twins import Twins, exchange, invent_twin
 from .cache import Encoded, caption_ids
-from .clip import CLIPTrainingConfig, train_clip
+from .clip import train_clip
 from .loop import (
     EMA,
     Run,
@@ -47,7 +51,6 @@ from .loss import ALL_ROWS, DiffusionLoss, lean_to_noise, min_snr_weights
 from .unet import train
 from .vae import (
     VAELoss,
-    VAETrainingConfig,
     latent_noise,
     latent_spread,
     new_vae,

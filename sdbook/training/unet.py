@@ -9,15 +9,10 @@ import torch
 from torch.utils.data import Subset
 
 from ..pipeline import StableDiffusion
+from ..run.configs import TrainingConfig
 from ..run.loading import as_it_is
 from ..run.processes import is_main_process, make_accelerator
-from ..run.unet import (
-    TrainingConfig,
-    make_noise_schedule,
-    new_unet,
-    open_frozen,
-    prepare,
-)
+from ..run.unet import make_noise_schedule, new_unet, open_frozen, prepare
 from .cache import Encoded
 from .loop import optimise
 from .loss import DiffusionLoss

@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 
 from ..images import labelled_grid
 from ..pipeline import StableDiffusion
-from ..run.unet import TrainingConfig
+from ..run.configs import TrainingConfig
 from .cache import caption_ids
 from .loop import step_generator
 

@@ -58,6 +58,7 @@ FLOORS = {
     "run.memory": 4.2,
     "run.progress": 4.1,
     "run.tables": 4.1,
+    "run.configs": 4.15,
     "run.settings": 4.1,
     "reports": 4.1,
     "features": 3.5,
