@@ -52,11 +52,11 @@ def draw_class(config: LoRATrainingConfig, pipe: StableDiffusion) -> CaptionedIm
         path = folder / f"{number:05}.png"
         prompt = config.class_prompts[number % len(config.class_prompts)]
         words = path.with_suffix(".txt")
-        if path.exists() and words.exists() and words.read_text() == prompt:
+        if path.exists() and words.exists() and words.read_text(encoding="utf-8") == prompt:
             continue
         image = pipe(prompt, seed=config.seed + number, progress=False).images[0]
         write_atomically(path, lambda file: image.save(file, "PNG"))  # noqa: B023
-        words.write_text(prompt)
+        words.write_text(prompt, encoding="utf-8")
     PartialState().wait_for_everyone()
     return CaptionedImages(folder, config.image_size)
 
