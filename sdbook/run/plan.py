@@ -1,8 +1,8 @@
 """What a run is going to do, said before its first step."""
 
 from torch import nn
-from torch.utils.data import Dataset
 
+from ..images import CaptionedDataset
 from .checkpoints import find_checkpoint
 from .processes import count_steps, is_main_process, pictures_per_step
 from .settings import RunConfig
@@ -20,7 +20,7 @@ def readable(size: int) -> str:
 
 
 def describe_plan(
-    config: RunConfig, dataset: Dataset, model: nn.Module, memory: dict,
+    config: RunConfig, dataset: CaptionedDataset, model: nn.Module, memory: dict,
     shown: int | None = None, held: int = 0, also: dict[str, str] | None = None,
 ) -> str:  # fmt: skip
     """What a run is going to do, as text.
@@ -34,7 +34,7 @@ def describe_plan(
     shown = len(dataset) if shown is None else shown
     config = count_steps(config, shown, world)
     pictures = pictures_per_step(config, world)
-    rejected = len(getattr(dataset, "problems", ()))
+    rejected = len(dataset.problems)
     path = find_checkpoint(config)
     count = sum(weight.numel() for weight in model.parameters())
     epochs = config.max_steps * pictures / shown
