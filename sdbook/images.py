@@ -123,14 +123,14 @@ class Found:
     def __init__(self):
         self.pairs, self.problems, self.broken = [], [], []
 
-    def add(self, picture: Path, caption: str, where: str | Path) -> None:
+    def add(self, picture: os.PathLike, caption: str, where: str | Path) -> None:
         """Keep a pair, the caption on one line, unless it is empty."""
         if caption.strip():
             self.pairs.append((picture, " ".join(caption.split())))
         else:
             self.problems.append(f"{where}: the caption is empty")
 
-    def add_text(self, picture: Path, text: bytes, where: str | Path) -> None:
+    def add_text(self, picture: os.PathLike, text: bytes, where: str | Path) -> None:
         """The same for the bytes of a text file."""
         try:
             self.add(picture, _text_of(text, where), where)
@@ -394,7 +394,8 @@ class Cut:
         crop, mirrored = divmod(look, 1 + self.flip)
         if self.crops == 0:
             return 0.5, bool(mirrored)
-        rng = np.random.default_rng((self.seed, crop, *name.encode()))
+        letters = name.encode(errors="surrogateescape")  # of any file system
+        rng = np.random.default_rng((self.seed, crop, *letters))
         return float(rng.random()), bool(mirrored)
 
     def __call__(
@@ -626,10 +627,10 @@ class CaptionedShards(CaptionedImages):
         return find_in_shards(self.path.as_posix())
 
 
-def _row_bytes(rows, number: int, column: str) -> bytes:
+def _row_bytes(path: str, rows, number: int, column: str) -> bytes:
     picture = rows[number][column]
     if picture is None:
-        raise ValueError(f"row {number} holds no picture; mend or remove it")
+        raise ValueError(f"{path}: row {number} holds no picture; remove it")
     return picture["bytes"] or Path(picture["path"]).read_bytes()
 
 
@@ -659,7 +660,7 @@ def find_in_rows(path: str, image: str | None = None, words: str | None = None):
     found, holder = Found(), Path(rows.cache_files[0]["filename"])
     for number, said in enumerate(rows[words]):
         said = said[0] if said and isinstance(said, list) else said
-        file = Packed(holder, f"{number:08}", _row_bytes, (rows, number, image))
+        file = Packed(holder, f"{number:08}", _row_bytes, (path, rows, number, image))
         found.add(file, said or "", f"{path}: row {number}")
     return found.check(path)
 

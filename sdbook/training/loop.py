@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..run.checkpoints import SettingsRecord, find_start, save_checkpoint
 from ..run.logs import Log, Meter, is_due, open_tracker, report
@@ -215,22 +215,14 @@ def as_it_is(batch):
 def step_loader(run: Run, dataset: Dataset, collate=None) -> DataLoader:
     """This process's batches, from the first step to the last."""
     config, parts = run.config, run.config.gradient_accumulation_steps
-    workers = {"num_workers": config.num_workers}
-    workers["worker_init_fn"] = leave_signals_to_main
-    if hasattr(dataset, "steps"):  # a stream deals its pictures out itself
-        batches = dataset.steps(
-            config.batch_size, config.seed, run.first * parts,
-            config.max_steps * parts, run.rank, run.world,
-        )  # fmt: skip
-        collate = collate or default_collate
-        return DataLoader(batches, batch_size=None, collate_fn=collate, **workers)
     sampler = StepSampler(
         len(dataset), run.pictures, config.seed, run.first, config.max_steps,
         run.rank, run.world, parts,
     )  # fmt: skip
     return DataLoader(
         dataset, batch_sampler=sampler, collate_fn=collate,
-        persistent_workers=config.num_workers > 0, **workers,
+        num_workers=config.num_workers, persistent_workers=config.num_workers > 0,
+        worker_init_fn=leave_signals_to_main,
     )  # fmt: skip
 
 
