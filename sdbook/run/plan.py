@@ -1,8 +1,8 @@
 """What a run is going to do, said before its first step."""
 
 from torch import nn
+from torch.utils.data import Dataset
 
-from ..images import CaptionedDataset
 from .checkpoints import find_checkpoint
 from .processes import count_steps, is_main_process, pictures_per_step
 from .settings import RunConfig
@@ -20,7 +20,7 @@ def readable(size: int) -> str:
 
 
 def describe_plan(
-    config: RunConfig, dataset: CaptionedDataset, model: nn.Module, memory: dict,
+    config: RunConfig, dataset: Dataset, model: nn.Module, memory: dict,
     shown: int | None = None, held: int = 0, also: dict[str, str] | None = None,
 ) -> str:  # fmt: skip
     """What a run is going to do, as text.
