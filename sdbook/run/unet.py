@@ -8,7 +8,7 @@ import torch
 
 from ..clip import CLIPTextModel, Tokenizer
 from ..files import read_json
-from ..formats import find_model, find_tokenizer
+from ..formats import find_model, find_part, find_tokenizer
 from ..pipeline import check_tokenizer, load_scheduler
 from ..schedulers import DDIMScheduler
 from ..unet import UNet, UNetConfig
@@ -33,11 +33,11 @@ class TrainingConfig(RunConfig):
     """Train a UNet on frozen latents and texts: `sdbook train`.
 
     Attributes:
-        pretrained: a model to go on from: a folder, a hub id or one file.
-        vae_weights_path: folder (or file) of a VAE, or of a run of train-vae; by
-            default that of `pretrained`, or runs/vae.
-        text_encoder_path: folder with text_encoder/ and tokenizer/ (train-clip's); by
-            default those of `pretrained`, or of runs/clip.
+        pretrained: a model to go on from: "scenes", a folder, a hub id or one file.
+        vae_weights_path: the output of train-vae, or any model (or file) with a VAE:
+            a folder, a hub id, "scenes"; by default `pretrained`, or runs/vae.
+        text_encoder_path: the output of train-clip, or any model with a text encoder
+            and a tokenizer; by default `pretrained`, or runs/clip.
         unet_preset: how large a UNet from zero is: "tiny", "scenes" (the shipped
             one's), "small" (where nothing is said), "base" or "sd15".
         unet_dim: width of the first level; the preset's others keep their proportion.
@@ -237,14 +237,18 @@ def source_of(config: TrainingConfig, part: str) -> Path:
     own = getattr(config, key) if key else None
     if config.pretrained and own is None:
         path = find_model(config.pretrained)
-    else:
-        path = Path(own or usual)
-        if not path.exists():
-            raise FileNotFoundError(
-                f"there is no {path}; run `sdbook {command} --output_dir {path}` "
-                f"first, or set {key}"
-            )
-    return path / part if (path / part).is_dir() else path
+        return path / part if (path / part).is_dir() else path
+    if own is None and not Path(usual).exists():
+        raise FileNotFoundError(
+            f"there is no {usual}; `sdbook {command} --output_dir {usual}` makes it, or "
+            f"set {key} to a model that has one, such as scenes"
+        )
+    try:
+        return find_part(own or usual, part)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{key}: {error}; `sdbook {command}` makes one"
+        ) from error
 
 
 def open_frozen(
