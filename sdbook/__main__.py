@@ -301,7 +301,7 @@ def training_of(command: str):
 
 
 def find_settings(name: str) -> str:
-    """What `--config` names: a file, or one that ships, as `lora` or by its old path."""
+    """What `--config` names: a file, or one that ships, as `lora` or with its path."""
     folder, path = Path(__file__).with_name("configs"), Path(name)
     own = folder / f"{path.stem}.yaml"
     plain = path.name in (own.stem, own.name)
