@@ -155,8 +155,6 @@ class SettingsRecord:
         }
         if config.lr_scheduler == "constant":
             without.add("max_steps")
-        if not config.dataset_path.endswith(".tar"):
-            without.add("num_workers")  # they share shards, but no other data
         facts = {**asdict(config), **more}
         kept = {name: value for name, value in facts.items() if name not in without}
         self.kept = json.loads(json.dumps(kept))  # lists for tuples, as in a file
