@@ -12,12 +12,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .clip import Tokenizer
-from .files import save_weights
-from .pipeline import StableDiffusion
-
 # Names that once stood here, for whoever imports them from here.
-from .run.adapters import (  # noqa: F401
+from .adapters import (  # noqa: F401
     HALVES,
     LORA_FILE,
     LORA_PARTS,
@@ -33,10 +29,15 @@ from .run.adapters import (  # noqa: F401
     stem,
     take_matrices,
 )  # fmt: skip
-from .run.finetuning import (
+from .clip import Tokenizer
+from .files import save_weights
+from .pipeline import StableDiffusion
+from .run.configs import (
     FinetuningConfig,  # noqa: F401
     LoRATrainingConfig,
     WordTrainingConfig,
+)
+from .run.finetuning import (
     draw_class,
     empty_parts,
     open_model,

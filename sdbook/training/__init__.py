@@ -14,21 +14,22 @@ from ..run.checkpoints import (
     read_checkpoint,
     save_checkpoint,
 )
+from ..run.configs import (
+    PRESETS,
+    CLIPTrainingConfig,
+    TrainingConfig,
+    VAETrainingConfig,
+)
 from ..run.logs import Log, Meter
 from ..run.memory import keep_all, kept_bytes, memory_needed, recompute_blocks
 from ..run.plan import describe_plan, say_plan
 from ..run.processes import count_steps, is_main_process, make_accelerator
 from ..run.settings import RunConfig, check_side, open_dataset, setting
 from ..run.tables import Rows, fingerprint
-from ..run.twins import Twins, exchange, invent_twin
-from ..run.unet import (
-    PRESETS,
-    TrainingConfig,
-    find_sizes,
-    preset_shape,
-)
+from ..run.unet import find_sizes, preset_shape
+from ..twins import Twins, exchange, invent_twin
 from .cache import Encoded, caption_ids
-from .clip import CLIPTrainingConfig, train_clip
+from .clip import train_clip
 from .loop import (
     EMA,
     Run,
@@ -43,7 +44,6 @@ from .loss import ALL_ROWS, DiffusionLoss, lean_to_noise, min_snr_weights
 from .unet import Validation, new_unet, start_white, train, whitening
 from .vae import (
     VAELoss,
-    VAETrainingConfig,
     latent_noise,
     latent_spread,
     new_vae,

@@ -5,8 +5,6 @@ Generated from chapters/06_clip.ipynb; do not edit.
 
 import copy
 import math
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,18 +16,19 @@ from ..clip import (
     Tokenizer,
     contrastive_loss,
 )
-from ..files import save_weights
+from ..features import BookCLIP
+from ..run.configs import CLIPTrainingConfig
 from ..run.memory import memory_needed
 from ..run.plan import say_plan
 from ..run.processes import is_main_process, make_accelerator
-from ..run.settings import RunConfig, open_dataset, setting
-from ..run.twins import Twins
+from ..run.settings import open_dataset
+from ..twins import Twins
 from .cache import caption_ids, warn_about_long
 from .loop import optimise
 
 __all__ = [
-    "start_apart", "CLIPTrainingConfig", "new_text_encoder", "Tokenize",
-    "say_clip_plan", "save_clip", "clip_loss", "train_clip",
+    "start_apart", "new_text_encoder", "Tokenize", "say_clip_plan", "clip_loss",
+    "train_clip",
 ]
 
 
@@ -38,32 +37,6 @@ def start_apart(clip: CLIP) -> None:
     embeddings = clip.text_encoder.embeddings
     nn.init.normal_(embeddings.token_embedding.weight, std=0.3)
     nn.init.constant_(clip.logit_scale, math.log(4))
-
-
-@dataclass(frozen=True)
-class CLIPTrainingConfig(RunConfig):
-    """Train a CLIP text model and its tokenizer from zero: `sdbook train-clip`.
-
-    Attributes:
-        vocab_size: tokens to learn from the captions, at most.
-        max_length: tokens per caption, start and end included.
-        hidden_size: width of the text embeddings.
-        num_hidden_layers: of the text model.
-        num_attention_heads: of the text model.
-        twins: give every scene a near twin, so that word order has to matter.
-    """
-
-    output_dir: str = setting("runs/clip", affects_steps=False)
-    batch_size: int = setting(96, at_least=1)
-    max_steps: int = setting(600, at_least=1)
-    weight_decay: float = setting(0.05, at_least=0)
-    warmup_steps: int = setting(50, at_least=0)
-    vocab_size: int = 800
-    max_length: int = 24
-    hidden_size: int = setting(128, at_least=1)
-    num_hidden_layers: int = 4
-    num_attention_heads: int = setting(4, at_least=1)
-    twins: bool = True
 
 
 def new_text_encoder(config: CLIPTrainingConfig, tokenizer) -> CLIPTextModel:
@@ -104,15 +77,6 @@ def say_clip_plan(config: CLIPTrainingConfig, dataset, clip: CLIP, twins: bool) 
     say_plan(config, dataset, empty, memory_needed(config, empty, ids, pixels))
 
 
-def save_clip(clip: CLIP, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write text model, tokenizer and, as `clip.safetensors`, the rest."""
-    clip.text_encoder.save_pretrained(folder / "text_encoder")
-    tokenizer.save_pretrained(folder / "tokenizer")
-    state = clip.state_dict().items()
-    rest = {key: t for key, t in state if not key.startswith("text_encoder.")}
-    save_weights(rest, folder / "clip.safetensors")
-
-
 def clip_loss(module, batch, generator, rows):
     """The contrastive loss of a batch, and the share of texts that choose right."""
     pixels, ids = (part.to(generator.device) for part in batch)
@@ -145,5 +109,5 @@ def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel | None:
     data, collate = Twins(dataset) if twins else dataset, Tokenize(tokenizer, twins)
     clip = optimise(config, clip, data, clip_loss, collate=collate).eval()
     if is_main_process():
-        save_clip(clip, tokenizer, Path(config.output_dir))
+        BookCLIP(clip, tokenizer).save_pretrained(config.output_dir)
     return clip.text_encoder
