@@ -232,8 +232,8 @@ def check_sums(path: Path) -> None:
     wrong = wrong_sums(path, state.st_mtime_ns, state.st_size)
     if wrong:
         raise WeightsError(
-            f"{path} is damaged: {len(wrong)} tensors are not as they were saved "
-            f"({', '.join(wrong[:5])}); copy or download it again"
+            f"{path} is damaged (wrong check sum: {', '.join(wrong[:5])}"
+            f"{', …' * (len(wrong) > 5)}); copy or download it again"
         )
 
 

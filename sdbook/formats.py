@@ -33,11 +33,11 @@ from .weights import family, some
 __all__ = [
     "UNET_RULES", "VAE_RULES", "OLD_VAE_RULES", "OPENCLIP_RULES", "as_pattern",
     "count_places", "rename", "NAMINGS", "prefixes", "renamed_keys", "HARMLESS",
-    "averaged_name", "take_averages", "rename_all", "own_weights", "split_projections",
-    "fit_kernels", "bare_text_names", "text_half", "to_original", "PARTS",
-    "write_index", "check_index", "model_folders", "shipped_models", "find_model",
-    "check_checkpoint", "TASKS", "check_task", "told_schedule", "describe",
-    "CLIP_TOKENIZER", "find_tokenizer",
+    "averaged_name", "take_averages", "split_projections", "fit_kernels",
+    "bare_text_names", "text_half", "rename_all", "own_weights", "to_original",
+    "PARTS", "write_index", "check_index", "model_folders", "shipped_models",
+    "find_model", "check_checkpoint", "TASKS", "check_task", "told_schedule",
+    "describe", "CLIP_TOKENIZER", "find_tokenizer",
 ]
 
 
@@ -183,49 +183,6 @@ def take_averages(
     return taken
 
 
-def rename_all(
-    state: dict[str, Tensor], new_name: Callable[[str], str]
-) -> dict[str, Tensor]:
-    """Rename every key; WeightsError where two of them would get one name."""
-    sources = {}
-    for key in state:
-        other = sources.setdefault(new_name(key), key)
-        if other != key:
-            raise WeightsError(
-                f"{other} and {key} are two names of one weight, {new_name(key)}; "
-                "remove the one that does not belong to the model"
-            )
-    return {name: state[key] for name, key in sources.items()}
-
-
-def own_weights(
-    model: nn.Module, state: dict[str, Tensor], ema: bool = True
-) -> dict[str, Tensor]:
-    """What of a file belongs to the model, with the names of the model's own file.
-
-    Of an original checkpoint that holds the UNet twice it takes the averaged (EMA)
-    copy, or with `ema=False` the other. Names that it does not know stay, so that
-    strict loading can list them. Raises WeightsError for a weight with two names.
-    """
-    before, ours = prefixes(model.diffusers_class), {}
-    for naming in range(len(NAMINGS[model.diffusers_class])):
-        ours |= {name: key for key, name in renamed_keys(model, naming).items()}
-    state = {key: t for key, t in state.items() if not HARMLESS.match(key)}
-    state = split_projections(state, getattr(model.config, "num_hidden_layers", None))
-    part = {key: t for key, t in state.items() if key.startswith(before)}
-    if ema and any(averaged_name(name) in state for name in ours):
-        part = take_averages(part, state, set(ours))
-    if not part:  # this network alone, with or without the original's names
-        part = {k: t for k, t in state.items() if not k.startswith("model_ema.")}
-
-    def our_name(key: str) -> str:
-        found = [ours[start + key] for start in ("", *before) if start + key in ours]
-        (bare,) = {key.removeprefix(s) for s in before if key.startswith(s)} or {key}
-        return found[0] if found else bare
-
-    return fit_kernels(model, rename_all(part, our_name))
-
-
 def split_projections(
     state: dict[str, Tensor], layers: int | None
 ) -> dict[str, Tensor]:
@@ -273,6 +230,49 @@ def text_half(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
     if not isinstance(half, dict):
         return values
     return {key: value for key, value in half.items() if key in known}
+
+
+def rename_all(
+    state: dict[str, Tensor], new_name: Callable[[str], str]
+) -> dict[str, Tensor]:
+    """Rename every key; WeightsError where two of them would get one name."""
+    sources = {}
+    for key in state:
+        other = sources.setdefault(new_name(key), key)
+        if other != key:
+            raise WeightsError(
+                f"{other} and {key} are two names of one weight, {new_name(key)}; "
+                "remove the one that does not belong to the model"
+            )
+    return {name: state[key] for name, key in sources.items()}
+
+
+def own_weights(
+    model: nn.Module, state: dict[str, Tensor], ema: bool = True
+) -> dict[str, Tensor]:
+    """What of a file belongs to the model, with the names of the model's own file.
+
+    Of an original checkpoint that holds the UNet twice it takes the averaged (EMA)
+    copy, or with `ema=False` the other. Names that it does not know stay, so that
+    strict loading can list them. Raises WeightsError for a weight with two names.
+    """
+    before, ours = prefixes(model.diffusers_class), {}
+    for naming in range(len(NAMINGS[model.diffusers_class])):
+        ours |= {name: key for key, name in renamed_keys(model, naming).items()}
+    state = {key: t for key, t in state.items() if not HARMLESS.match(key)}
+    state = split_projections(state, getattr(model.config, "num_hidden_layers", None))
+    part = {key: t for key, t in state.items() if key.startswith(before)}
+    if ema and any(averaged_name(name) in state for name in ours):
+        part = take_averages(part, state, set(ours))
+    if not part:  # this network alone, with or without the original's names
+        part = {k: t for k, t in state.items() if not k.startswith("model_ema.")}
+
+    def our_name(key: str) -> str:
+        found = [ours[start + key] for start in ("", *before) if start + key in ours]
+        (bare,) = {key.removeprefix(s) for s in before if key.startswith(s)} or {key}
+        return found[0] if found else bare
+
+    return fit_kernels(model, rename_all(part, our_name))
 
 
 def to_original(model: nn.Module) -> dict[str, Tensor]:
