@@ -9,13 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 __all__ = [
-    "attention",
-    "fused_attention",
-    "Attention",
-    "GEGLU",
-    "FeedForward",
-    "TransformerBlock",
-    "SpatialTransformer",
+    "attention", "fused_attention", "Attention", "GEGLU", "FeedForward",
+    "TransformerBlock", "SpatialTransformer",
 ]
 
 

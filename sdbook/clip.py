@@ -25,30 +25,11 @@ from .resblocks import ResBlock
 from .weights import Config, Pretrained
 
 __all__ = [
-    "START",
-    "END",
-    "byte_symbols",
-    "merges_of",
-    "learn_merges",
-    "write_vocabulary",
-    "open_tokenizer",
-    "write_older_files",
-    "Tokenizer",
-    "fit_to_length",
-    "warn_about_cut_words",
-    "learn_vocabulary",
-    "CLIPTextConfig",
-    "CLIPEmbeddings",
-    "causal_mask",
-    "CLIPAttention",
-    "quick_gelu",
-    "CLIPMLP",
-    "CLIPLayer",
-    "CLIPEncoder",
-    "CLIPTextModel",
-    "ImageTower",
-    "contrastive_loss",
-    "CLIP",
+    "START", "END", "byte_symbols", "merges_of", "learn_merges", "write_vocabulary",
+    "open_tokenizer", "write_older_files", "Tokenizer", "fit_to_length",
+    "warn_about_cut_words", "learn_vocabulary", "CLIPTextConfig", "CLIPEmbeddings",
+    "causal_mask", "CLIPAttention", "quick_gelu", "CLIPMLP", "CLIPLayer",
+    "CLIPEncoder", "CLIPTextModel", "ImageTower", "contrastive_loss", "CLIP",
 ]
 
 

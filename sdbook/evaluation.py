@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 # Names that once stood here, for whoever imports them from here.
-from .images import labelled_grid  # noqa: F401
-from .pipeline import StableDiffusion
-from .run.networks import (  # noqa: F401
+from .features import (  # noqa: F401
     BookCLIP,
     Inception,
     TransformersCLIP,
@@ -29,7 +27,9 @@ from .run.networks import (  # noqa: F401
     open_inception,
     pool_as_in_2015,
 )
-from .run.reports import (  # noqa: F401
+from .images import labelled_grid  # noqa: F401
+from .pipeline import StableDiffusion
+from .reports import (  # noqa: F401
     markdown_table,
     measures_table,
     read_geneval,
@@ -58,34 +58,11 @@ from .scenes import (
 )
 
 __all__ = [
-    "SIDE",
-    "difference",
-    "find_background",
-    "find_blobs",
-    "WINDOW",
-    "templates",
-    "redraw_error",
-    "Verdict",
-    "Judge",
-    "cut_windows",
-    "satisfies",
-    "wilson",
-    "prompts",
-    "evaluate",
-    "scores",
-    "save_report",
-    "sign_test",
-    "compare",
-    "matrix_sqrt",
-    "check_features",
-    "frechet_distance",
-    "cubic_kernel",
-    "kernel_distance",
-    "clip_score",
-    "mean_distance",
-    "nearest",
-    "imagine",
-    "measure",
+    "SIDE", "difference", "find_background", "find_blobs", "WINDOW", "templates",
+    "redraw_error", "Verdict", "Judge", "cut_windows", "satisfies", "wilson",
+    "prompts", "evaluate", "scores", "save_report", "sign_test", "compare",
+    "matrix_sqrt", "check_features", "frechet_distance", "cubic_kernel",
+    "kernel_distance", "clip_score", "mean_distance", "nearest", "imagine", "measure",
     "open_features",
 ]
 

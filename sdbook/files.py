@@ -20,27 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 __all__ = [
-    "WeightsError",
-    "write_atomically",
-    "write_json",
-    "save_weights",
-    "read_json",
-    "list_folder",
-    "TOGETHER",
-    "read_safetensors",
-    "find_weights",
-    "find_shards",
-    "Ignored",
-    "STAND_INS",
-    "read_pickle",
-    "read_weights",
-    "explain",
-    "WEIGHTS_NAMES",
-    "is_hub_id",
-    "weights_patterns",
-    "lacks_weights",
-    "fetch",
-    "download",
+    "WeightsError", "write_atomically", "write_json", "save_weights", "read_json",
+    "list_folder", "TOGETHER", "read_safetensors", "find_weights", "find_shards",
+    "Ignored", "STAND_INS", "read_pickle", "read_weights", "explain", "WEIGHTS_NAMES",
+    "is_hub_id", "weights_patterns", "lacks_weights", "fetch", "download",
 ]
 
 

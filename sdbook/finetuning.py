@@ -12,12 +12,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .clip import Tokenizer
-from .files import save_weights
-from .pipeline import StableDiffusion
-
 # Names that once stood here, for whoever imports them from here.
-from .run.adapters import (  # noqa: F401
+from .adapters import (  # noqa: F401
     HALVES,
     LORA_FILE,
     LORA_PARTS,
@@ -33,6 +29,9 @@ from .run.adapters import (  # noqa: F401
     stem,
     take_matrices,
 )  # fmt: skip
+from .clip import Tokenizer
+from .files import save_weights
+from .pipeline import StableDiffusion
 from .run.finetuning import (
     FinetuningConfig,  # noqa: F401
     LoRATrainingConfig,
@@ -50,26 +49,10 @@ from .training.loop import as_it_is, optimise
 from .training.loss import DiffusionLoss
 
 __all__ = [
-    "LowRank",
-    "ATTENTION_MAPS",
-    "lora_layers",
-    "LoRA",
-    "save_lora",
-    "take_pair",
-    "load_lora",
-    "encode",
-    "loss_for",
-    "WithText",
-    "LatentsWithIds",
-    "NewAndPrior",
-    "PriorLoss",
-    "what_moves",
-    "train_lora",
-    "add_word",
-    "NewWords",
-    "save_word",
-    "load_word",
-    "train_word",
+    "LowRank", "ATTENTION_MAPS", "lora_layers", "LoRA", "save_lora", "take_pair",
+    "load_lora", "encode", "loss_for", "WithText", "LatentsWithIds", "NewAndPrior",
+    "PriorLoss", "what_moves", "train_lora", "add_word", "NewWords", "save_word",
+    "load_word", "train_word",
 ]
 
 

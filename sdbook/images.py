@@ -29,21 +29,9 @@ from tqdm.auto import tqdm
 from .files import write_atomically
 
 __all__ = [
-    "KEY_LENGTH",
-    "to_pixels",
-    "short_name",
-    "my_share",
-    "Stream",
-    "CaptionedDataset",
-    "IMAGE_SUFFIXES",
-    "find_captions",
-    "to_rgb",
-    "read_picture",
-    "Cut",
-    "CaptionedImages",
-    "remembered",
-    "CaptionedShards",
-    "labelled_grid",
+    "KEY_LENGTH", "to_pixels", "short_name", "my_share", "Stream", "CaptionedDataset",
+    "IMAGE_SUFFIXES", "find_captions", "to_rgb", "read_picture", "Cut",
+    "CaptionedImages", "remembered", "CaptionedShards", "labelled_grid",
 ]
 
 

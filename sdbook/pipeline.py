@@ -46,28 +46,11 @@ from .vae import AutoencoderKL
 from .weights import refuse_options
 
 __all__ = [
-    "guide",
-    "StableDiffusion",
-    "require",
-    "check_parts",
-    "check_tokenizer",
-    "OUTPUT_TYPES",
-    "check_output_type",
-    "to_pictures",
-    "Pictures",
-    "SourceImage",
-    "prepare_prompts",
-    "prepare_seeds",
-    "prepare_guidance",
-    "prepare_eta",
-    "prepare_strength",
-    "prepare_size",
-    "check_latents",
-    "picture_size",
-    "prepare_pictures",
-    "as_pixels",
-    "SD15_SCHEDULE",
-    "load_scheduler",
+    "guide", "StableDiffusion", "require", "check_parts", "check_tokenizer",
+    "OUTPUT_TYPES", "check_output_type", "to_pictures", "Pictures", "SourceImage",
+    "prepare_prompts", "prepare_seeds", "prepare_guidance", "prepare_eta",
+    "prepare_strength", "prepare_size", "check_latents", "picture_size",
+    "prepare_pictures", "as_pixels", "SD15_SCHEDULE", "load_scheduler",
 ]
 
 

@@ -17,16 +17,8 @@ from .resblocks import Downsample, ResBlock, TimestepMLP, Upsample, timestep_emb
 from .weights import Config, Pretrained
 
 __all__ = [
-    "UNetConfig",
-    "pushed_channels",
-    "residual_block",
-    "transformer",
-    "DownBlock",
-    "MiddleBlock",
-    "UpBlock",
-    "UNet",
-    "check_inputs",
-    "start_as_identity",
+    "UNetConfig", "pushed_channels", "residual_block", "transformer", "DownBlock",
+    "MiddleBlock", "UpBlock", "UNet", "check_inputs", "start_as_identity",
 ]
 
 

@@ -20,18 +20,8 @@ from .resblocks import Downsample, ResBlock, Upsample
 from .weights import Config, Pretrained
 
 __all__ = [
-    "stack",
-    "Level",
-    "ImageAttention",
-    "MidBlock",
-    "DiagonalGaussian",
-    "VAEConfig",
-    "Encoder",
-    "Decoder",
-    "check_size",
-    "AutoencoderKL",
-    "tile_starts",
-    "fading",
+    "stack", "Level", "ImageAttention", "MidBlock", "DiagonalGaussian", "VAEConfig",
+    "Encoder", "Decoder", "check_size", "AutoencoderKL", "tile_starts", "fading",
     "in_tiles",
 ]
 

@@ -13,19 +13,8 @@ import numpy as np
 from PIL import Image
 
 __all__ = [
-    "Figure",
-    "to_picture",
-    "show_images",
-    "heatmap",
-    "Palette",
-    "PALETTE",
-    "PAPER",
-    "INK",
-    "use_style",
-    "subplots",
-    "LARGEST_SVG",
-    "show_figure",
-    "frame_slider",
+    "Figure", "to_picture", "show_images", "heatmap", "Palette", "PALETTE", "PAPER",
+    "INK", "use_style", "subplots", "LARGEST_SVG", "show_figure", "frame_slider",
 ]
 
 

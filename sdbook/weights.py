@@ -24,17 +24,8 @@ from .files import (
 )
 
 __all__ = [
-    "load_strictly",
-    "CLUES",
-    "WIDTHS",
-    "family",
-    "is_of_type",
-    "Config",
-    "Pretrained",
-    "Undrawn",
-    "build_empty",
-    "fill",
-    "refuse_options",
+    "load_strictly", "CLUES", "WIDTHS", "family", "is_of_type", "Config", "Pretrained",
+    "Undrawn", "build_empty", "fill", "refuse_options",
 ]
 
 

@@ -20,13 +20,13 @@ from ..run.plan import describe_plan, say_plan
 from ..run.processes import count_steps, is_main_process, make_accelerator
 from ..run.settings import RunConfig, check_side, open_dataset, setting
 from ..run.tables import Rows, fingerprint
-from ..run.twins import Twins, exchange, invent_twin
 from ..run.unet import (
     PRESETS,
     TrainingConfig,
     find_sizes,
     preset_shape,
 )
+from ..twins import Twins, exchange, invent_twin
 from .cache import Encoded, caption_ids
 from .clip import CLIPTrainingConfig, train_clip
 from .loop import (

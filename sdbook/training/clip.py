@@ -6,7 +6,6 @@ Generated from chapters/06_clip.ipynb; do not edit.
 import copy
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,24 +17,18 @@ from ..clip import (
     Tokenizer,
     contrastive_loss,
 )
-from ..files import save_weights
+from ..features import BookCLIP
 from ..run.memory import memory_needed
 from ..run.plan import say_plan
 from ..run.processes import is_main_process, make_accelerator
 from ..run.settings import RunConfig, open_dataset, setting
-from ..run.twins import Twins
+from ..twins import Twins
 from .cache import caption_ids, warn_about_long
 from .loop import optimise
 
 __all__ = [
-    "start_apart",
-    "CLIPTrainingConfig",
-    "new_text_encoder",
-    "Tokenize",
-    "say_clip_plan",
-    "save_clip",
-    "clip_loss",
-    "train_clip",
+    "start_apart", "CLIPTrainingConfig", "new_text_encoder", "Tokenize",
+    "say_clip_plan", "clip_loss", "train_clip",
 ]
 
 
@@ -110,15 +103,6 @@ def say_clip_plan(config: CLIPTrainingConfig, dataset, clip: CLIP, twins: bool) 
     say_plan(config, dataset, empty, memory_needed(config, empty, ids, pixels))
 
 
-def save_clip(clip: CLIP, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write text model, tokenizer and, as `clip.safetensors`, the rest."""
-    clip.text_encoder.save_pretrained(folder / "text_encoder")
-    tokenizer.save_pretrained(folder / "tokenizer")
-    state = clip.state_dict().items()
-    rest = {key: t for key, t in state if not key.startswith("text_encoder.")}
-    save_weights(rest, folder / "clip.safetensors")
-
-
 def clip_loss(module, batch, generator, rows):
     """The contrastive loss of a batch, and the share of texts that choose right."""
     pixels, ids = (part.to(generator.device) for part in batch)
@@ -151,5 +135,5 @@ def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel | None:
     data, collate = Twins(dataset) if twins else dataset, Tokenize(tokenizer, twins)
     clip = optimise(config, clip, data, clip_loss, collate=collate).eval()
     if is_main_process():
-        save_clip(clip, tokenizer, Path(config.output_dir))
+        BookCLIP(clip, tokenizer).save_pretrained(config.output_dir)
     return clip.text_encoder

@@ -29,15 +29,8 @@ from ..run.progress import StopNote, leave_signals_to_main, progress
 from ..run.settings import RunConfig
 
 __all__ = [
-    "step_generator",
-    "StepSampler",
-    "learning_rate_at",
-    "EMA",
-    "Run",
-    "take_step",
-    "as_it_is",
-    "step_loader",
-    "optimise",
+    "step_generator", "StepSampler", "learning_rate_at", "EMA", "Run", "take_step",
+    "as_it_is", "step_loader", "optimise",
 ]
 
 

@@ -10,11 +10,7 @@ from torch import Tensor
 from ..vae import DiagonalGaussian
 
 __all__ = [
-    "min_snr_weights",
-    "ALL_ROWS",
-    "DiffusionLoss",
-    "lean_to_noise",
-    "mean_where",
+    "min_snr_weights", "ALL_ROWS", "DiffusionLoss", "lean_to_noise", "mean_where",
 ]
 
 

@@ -33,16 +33,8 @@ from .loop import optimise
 from .loss import ALL_ROWS
 
 __all__ = [
-    "start_certain",
-    "some_pixels",
-    "latent_noise",
-    "latent_spread",
-    "VAELoss",
-    "VAETrainingConfig",
-    "new_vae",
-    "reconstruction_psnr",
-    "rebuilt_sheet",
-    "train_vae",
+    "start_certain", "some_pixels", "latent_noise", "latent_spread", "VAELoss",
+    "VAETrainingConfig", "new_vae", "reconstruction_psnr", "rebuilt_sheet", "train_vae",
 ]
 
 

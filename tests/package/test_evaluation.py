@@ -57,11 +57,7 @@ from sdbook.evaluation import (
     sign_test,
     wilson,
 )
-from sdbook.files import read_weights
-from sdbook.formats import model_folders
-from sdbook.images import labelled_grid
-from sdbook.pipeline import Pictures, StableDiffusion
-from sdbook.run.networks import (
+from sdbook.features import (
     BookCLIP,
     Inception,
     TransformersCLIP,
@@ -70,7 +66,11 @@ from sdbook.run.networks import (
     open_inception,
     pool_as_in_2015,
 )
-from sdbook.run.reports import (
+from sdbook.files import read_weights
+from sdbook.formats import model_folders
+from sdbook.images import labelled_grid
+from sdbook.pipeline import Pictures, StableDiffusion
+from sdbook.reports import (
     measures_table,
     read_geneval,
     read_report,

@@ -25,8 +25,8 @@ import torch
 from sdbook import StableDiffusion
 from sdbook.data import KINDS, read_caption
 from sdbook.evaluation import evaluate, imagine, mean_distance, prompts, sign_test
-from sdbook.run.networks import extract_features, open_clip
-from sdbook.run.reports import read_report
+from sdbook.features import extract_features, open_clip
+from sdbook.reports import read_report
 from sdbook.training import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]

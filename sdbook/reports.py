@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..images import labelled_grid
-from ..pipeline import StableDiffusion
+from .images import labelled_grid
+from .pipeline import StableDiffusion
 
 Records = dict[str, list[dict]]  # for each kind of prompt, what `evaluate` returns
 

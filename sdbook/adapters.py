@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..files import WeightsError, read_weights
+from .files import WeightsError, read_weights
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks in a folder
 # A pipeline's parts that can have a LoRA; and what kohya's files call them.

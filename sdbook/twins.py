@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 from torch.utils.data import Dataset
 
-from ..images import to_pixels
-from ..scenes import (
+from .images import to_pixels
+from .scenes import (
     COLOURS,
     RELATIONS,
     SHAPES,

@@ -10,10 +10,10 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..clip import CLIP, CLIPTextModel, Tokenizer
-from ..files import read_weights, save_weights
-from ..formats import model_folders
-from ..images import to_pixels
+from .clip import CLIP, CLIPTextModel, Tokenizer
+from .files import read_weights, save_weights
+from .formats import model_folders
+from .images import to_pixels
 
 
 @torch.no_grad()
