@@ -42,6 +42,7 @@ from .run.finetuning import (
     say_finetuning,
     say_lora,
 )  # fmt: skip
+from .run.folder import owns_output_dir
 from .run.processes import is_main_process
 from .run.settings import open_dataset
 from .training.cache import Encoded, caption_ids
@@ -345,6 +346,7 @@ def what_moves(config: LoRATrainingConfig, unet: nn.Module, text_encoder: nn.Mod
     return WithText(*parts) if config.train_text_encoder else parts[0]
 
 
+@owns_output_dir
 def train_lora(config: LoRATrainingConfig) -> StableDiffusion | None:
     """Fine-tune a UNet (and its text model) and return the changed pipeline.
 
@@ -472,6 +474,7 @@ def load_word(pipe: StableDiffusion, path: str | Path, word: str | None = None) 
     return word or name
 
 
+@owns_output_dir
 def train_word(config: WordTrainingConfig) -> StableDiffusion | None:
     """Train one new row of the token embedding; returns the pipeline that knows it.
 

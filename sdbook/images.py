@@ -30,7 +30,7 @@ from .files import write_atomically
 
 __all__ = [
     "KEY_LENGTH", "to_pixels", "short_name", "my_share", "Stream", "CaptionedDataset",
-    "IMAGE_SUFFIXES", "find_captions", "to_rgb", "read_picture", "Cut",
+    "IMAGE_SUFFIXES", "find_captions", "to_rgb", "read_picture", "Cut", "read_notes",
     "CaptionedImages", "remembered", "CaptionedShards", "labelled_grid",
 ]
 
@@ -73,11 +73,12 @@ class CaptionedDataset(Dataset):
     """What training may ask of every dataset of captioned pictures.
 
     Items are `(pixels, caption)`: float32 (3, side, side) from -1 to 1, and a string.
-    `problems` lists what had to be left out.
+    `problems` lists what had to be left out, `files` is what is read.
     """
 
     side: int
     problems: Sequence[str] = ()
+    files: Sequence[str | Path] = ()
 
     def read(self, index: int) -> Float[Tensor, "3 h w"] | None:
         """The pixels of an item; None if its picture cannot be read."""
@@ -376,6 +377,15 @@ def _report(problem: str, on_error: str) -> None:
     warnings.warn(problem, stacklevel=4)
 
 
+def read_notes(path: Path) -> dict:
+    """What was noted in a file; nothing if it is damaged, for it can be found again."""
+    try:
+        notes = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
+    return notes if isinstance(notes, dict) else {}
+
+
 class CaptionedImages(CaptionedDataset):
     """Pictures with captions from a folder, each cut to a square (`Cut`).
 
@@ -394,6 +404,7 @@ class CaptionedImages(CaptionedDataset):
         self.path, self.on_error = Path(path), _checked(on_error)
         self.cut, self.side = Cut(image_size, crops, flip, seed), image_size
         self.pairs, self.problems = find_captions(self.path)
+        self.files = [file for file, _ in self.pairs]
         # Shared by all workers, so that each unreadable picture is reported once.
         flags = torch.zeros(len(self.pairs), dtype=torch.bool)
         self.unreadable = flags.share_memory_()
@@ -439,7 +450,7 @@ class CaptionedImages(CaptionedDataset):
         `notes/pictures.json` remembers the files by size and date.
         """
         contents = remembered(
-            notes / "pictures.json", [file for file, _ in self.pairs],
+            notes / "pictures.json", self.files,
             lambda file: short_name(file.read_bytes()),
         )  # fmt: skip
         named = [(content, self.name(n)) for n, content in enumerate(contents)]
@@ -449,12 +460,12 @@ class CaptionedImages(CaptionedDataset):
 
 def remembered(notes: Path, files: list, read: Callable) -> list:
     """`read(file)` of every file; as noted, where size and date are those noted."""
-    known = json.loads(notes.read_text()) if notes.exists() else {}
+    known = read_notes(notes)
     found = []
     for file in tqdm(files, desc="files"):
         facts, name = os.stat(file), os.path.abspath(file)
         stamp = [facts.st_size, facts.st_mtime_ns]
-        if name not in known or known[name][0] != stamp:
+        if not isinstance(known.get(name), list) or known[name][0] != stamp:
             known[name] = [stamp, read(file)]
         found.append(known[name][1])
     write_atomically(notes, lambda path: path.write_text(json.dumps(known)))
@@ -504,7 +515,7 @@ class CaptionedShards(CaptionedDataset, IterableDataset):
     ):  # fmt: skip
         self.shards, self.on_error = _shard_files(shards), _checked(on_error)
         self.cut, self.side = Cut(image_size, crops, flip, seed), image_size
-        self.said = None
+        self.files, self.said = self.shards, None
 
     def __len__(self) -> int:
         """Looks at complete samples; the first time, all shards are read for it."""

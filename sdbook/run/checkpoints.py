@@ -99,11 +99,6 @@ def is_tensor(value) -> bool:
     return isinstance(value, Tensor)
 
 
-def is_whole(path: Path) -> bool:
-    """Can a checkpoint be read, and does every piece of it fit its check sum?"""
-    return why_not(path) is None
-
-
 def why_not(path: Path) -> str | None:
     """Why a path is no checkpoint; None if it is one."""
     if not path.is_file():  # to open a pipe would take for ever
@@ -203,7 +198,7 @@ def find_checkpoint(config: RunConfig) -> Path | None:
         return run
     found = sorted(run.glob("checkpoints/step-*.pt"), reverse=True)
     for path in found:
-        if is_whole(path):
+        if why_not(path) is None:
             return path
         warnings.warn(f"{path} is torn; trying the one before it", stacklevel=2)
     if found:
@@ -228,16 +223,20 @@ def set_aside(folder: Path, first: int) -> None:
             path.replace(old / path.name)
 
 
-def contents_of(dataset: Dataset) -> str | None:
-    """A short name for what a dataset holds; None if it cannot say.
+def content_of(dataset: Dataset) -> str | None:
+    """A short name for what a dataset holds, as captions and sizes of files tell.
 
-    One around others, such as a subset, holds what they do.
+    One around others, such as a subset, holds what they do. None where settings say
+    it all: scenes are drawn.
     """
-    if hasattr(dataset, "contents"):
-        return dataset.contents()
+    if hasattr(dataset, "content"):
+        return dataset.content
+    if files := getattr(dataset, "files", ()):
+        sizes = [os.path.getsize(file) for file in files if os.path.exists(file)]
+        return short_name(*dataset.captions(), *sizes)
     inside = [part for part in vars(dataset).values() if isinstance(part, Dataset)]
-    names = [contents_of(part) for part in inside]
-    return short_name(*names) if names and all(names) else None
+    names = [name for name in map(content_of, inside) if name]
+    return short_name(*names) if names else None
 
 
 class SettingsRecord:
@@ -268,9 +267,9 @@ class SettingsRecord:
         changed = [
             f"{name} was {before[name]!r} and is {value!r}"
             for name, value in self.kept.items()
-            if name != "contents" and name in before and before[name] != value
+            if name != "content" and name in before and before[name] != value
         ]
-        was, is_ = before.get("contents"), self.kept.get("contents")
+        was, is_ = before.get("content"), self.kept.get("content")
         if was and is_ and was != is_:
             changed.append(
                 "the pictures or captions (or the frozen parts that read them) are "

@@ -177,9 +177,8 @@ class Rows:
             there = (keys != STRUCK_OUT[0]).any(1)
             damaged = np.flatnonzero((sums_of(keys, rows) != sums) & there)
             if len(damaged):
-                warn(
-                    f"{len(damaged)} rows of {self.folder} are damaged, and are made anew"
-                )
+                count = f"{len(damaged)} rows of {self.folder}"
+                warn(f"{count} are damaged, and are made anew")
                 self.strike_out(damaged)
 
     def add_sums(self) -> None:

@@ -16,7 +16,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from ..run.checkpoints import SettingsRecord, find_start, save_checkpoint
+from ..run.checkpoints import (
+    SettingsRecord,
+    check_end,
+    content_of,
+    find_start,
+    keep_state,
+    skip_step,
+)
+from ..run.folder import owns_output_dir
 from ..run.logs import Log, Meter, is_due, open_tracker, report
 from ..run.memory import keep_all, recompute_blocks
 from ..run.processes import (
@@ -124,11 +132,11 @@ class Run:
     the step that it starts with; `averaged` are the weights to draw with.
     """
 
-    def __init__(self, config: RunConfig, module: nn.Module, size: int):
+    def __init__(self, config: RunConfig, module: nn.Module, dataset: Dataset):
         self.accelerator = accelerator = make_accelerator(config)
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
         self.device, self.main = accelerator.device, accelerator.is_main_process
-        self.config = config = count_steps(config, size, self.world)
+        self.config = config = count_steps(config, len(dataset), self.world)
         self.pictures = pictures_per_step(config, self.world)
 
         self.module = module.to(self.device, memory_format=torch.channels_last)
@@ -151,8 +159,10 @@ class Run:
         if accelerator.scaler:
             self.stateful["scaler"] = accelerator.scaler
         if self.main:
-            record = SettingsRecord(config, processes=self.world, pictures=size)
-            self.stateful["settings"] = record
+            self.stateful["settings"] = SettingsRecord(
+                config, processes=self.world, pictures=len(dataset),
+                content=content_of(dataset),
+            )  # fmt: skip
         self.first = find_start(self)
         open_tracker(self)
 
@@ -161,13 +171,15 @@ class Run:
         return self.config.learning_rate * learning_rate_at(step, self.config)
 
     def save(self, step: int) -> None:
-        """Write a checkpoint of what is so after `step` steps."""
-        if self.main:
-            folder = Path(self.config.output_dir) / "checkpoints"
-            save_checkpoint(folder, step, self.stateful, self.config.keep_checkpoints)
+        """Write a checkpoint of what is so after `step` steps, if it is of use."""
+        keep_state(self, step)
 
     def finish(self) -> nn.Module:
-        """Undo what training put around the module; the (averaged) weights."""
+        """Undo what training put around the module; the (averaged) weights.
+
+        Raises ValueError if they have become of no use.
+        """
+        check_end(self)
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         keep_all(self.module)
         self.accelerator.end_training()
@@ -200,7 +212,7 @@ def take_step(run: Run, step: int, loss_of: Callable, batches) -> None:
         run.optimiser.step()
     run.optimiser.zero_grad(set_to_none=True)
     if not finite:
-        run.meter.skip(step)
+        skip_step(run, step, means["loss"])
         return
     run.meter.add(means)
     if run.ema:
@@ -234,6 +246,7 @@ def step_loader(run: Run, dataset: Dataset, collate=None) -> DataLoader:
     )  # fmt: skip
 
 
+@owns_output_dir
 def optimise(
     config: RunConfig,
     module: nn.Module,
@@ -251,9 +264,9 @@ def optimise(
     `validate(module)` gives numbers every `validate_every` steps, `sample(module)` a
     picture every `sample_every`; both get the averaged weights. Numbers go to
     `output_dir/log.jsonl`, checkpoints to `output_dir/checkpoints`. Ctrl-C writes one
-    and raises KeyboardInterrupt.
+    and raises KeyboardInterrupt. One process at a time may train in `output_dir`.
     """
-    run = Run(config, module, len(dataset))
+    run = Run(config, module, dataset)
     with StopNote() as note:
         batches = iter(step_loader(run, dataset, collate))
         for step in progress(run):
@@ -265,6 +278,6 @@ def optimise(
                 run.save(step + 1)
             if stop:
                 raise KeyboardInterrupt(
-                    f"after step {step + 1}; the same command goes on from there"
+                    f"after step {step + 1}; the same command goes on from {run.saved}"
                 )
     return run.finish()

@@ -15,8 +15,9 @@ from ..attention import TransformerBlock
 from ..images import labelled_grid
 from ..pipeline import StableDiffusion
 from ..run.checkpoints import check_fits, find_checkpoint
+from ..run.folder import owns_output_dir
 from ..run.plan import say_plan
-from ..run.processes import is_main_process, make_accelerator
+from ..run.processes import is_main_process, this_process
 from ..run.settings import open_dataset
 from ..run.unet import (
     TrainingConfig,
@@ -100,6 +101,7 @@ class Validation:
         return {"val_error": sum(means.values()) / len(means), **means}
 
 
+@owns_output_dir
 def train(config: TrainingConfig) -> StableDiffusion | None:
     """Train a UNet on a frozen VAE and text model, and save the whole pipeline.
 
@@ -107,7 +109,7 @@ def train(config: TrainingConfig) -> StableDiffusion | None:
     through the frozen parts once, before the loop. Writes the model to `output_dir`,
     which diffusers and `StableDiffusion.from_pretrained` open.
     """
-    accelerator = make_accelerator(config)
+    device = this_process().device
     sizes, scheduler = find_sizes(config), make_noise_schedule(config)
     check_schedule(config)
     empty_unet = build_empty(UNet, sizes)
@@ -120,13 +122,13 @@ def train(config: TrainingConfig) -> StableDiffusion | None:
         return None
 
     frozen = vae, text_encoder, tokenizer = open_frozen(config)
-    vae.to(accelerator.device, memory_format=torch.channels_last)
-    text_encoder.to(accelerator.device)
+    vae.to(device, memory_format=torch.channels_last)
+    text_encoder.to(device)
     folder = Path(config.output_dir) / "cache"
     encoded = Encoded(dataset, *frozen, folder, config.num_workers)
     torch.manual_seed(config.seed)  # here: filling the cache may have drawn numbers
     unet = new_unet(config, sizes, torch.tensor(encoded.sample))
-    empty = torch.tensor(encoded.texts[0]).float().to(accelerator.device)
+    empty = torch.tensor(encoded.texts[0]).float().to(device)
     loss = DiffusionLoss(
         scheduler, vae.config.scaling_factor, empty, config.caption_dropout,
         config.snr_gamma, config.snr_power, config.noisy_share,
