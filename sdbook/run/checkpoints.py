@@ -42,9 +42,10 @@ def save_checkpoint(folder: Path, step: int, stateful: dict, keep: int = 1) -> P
     try:
         write_atomically(path, write)
     except (OSError, RuntimeError) as error:  # PyTorch's writer raises the second
+        reason = os.strerror(error.errno) if getattr(error, "errno", None) else error
         last = max(path.parent.glob("step-*.pt"), default=None)
         raise OSError(
-            f"{path} could not be written ({error}); make room, and the same command "
+            f"{path} could not be written ({reason}); make room, and the same command "
             f"goes on from {last or 'zero'}"
         ) from error
     for old in sorted(path.parent.glob("step-*.pt"))[:-keep]:

@@ -146,8 +146,8 @@ def stopped(folder: Path) -> KeyboardInterrupt:
 
 def no_room(error: OSError, folder: Path) -> OSError:
     """What to do about a disk that is full."""
+    what = error.strerror
+    if error.filename:
+        what = f"{error.filename} could not be written ({what}); make room"
     last = newest_checkpoint(folder) or f"what {folder} holds already"
-    return OSError(
-        f"{error.filename or folder} could not be written ({error.strerror}); make "
-        f"room, and the same command goes on from {last}"
-    )
+    return OSError(f"{what}; the same command then goes on from {last}")

@@ -278,6 +278,7 @@ def optimise(
                 run.save(step + 1)
             if stop:
                 raise KeyboardInterrupt(
-                    f"after step {step + 1}; the same command goes on from {run.saved}"
+                    f"after step {step + 1}; the same command goes on from step "
+                    f"{run.saved}"
                 )
     return run.finish()
