@@ -32,10 +32,12 @@ from .adapters import (  # noqa: F401
 from .clip import Tokenizer
 from .files import save_weights
 from .pipeline import StableDiffusion
-from .run.finetuning import (
+from .run.configs import (
     FinetuningConfig,  # noqa: F401
     LoRATrainingConfig,
     WordTrainingConfig,
+)
+from .run.finetuning import (
     draw_class,
     empty_parts,
     open_model,
@@ -43,10 +45,11 @@ from .run.finetuning import (
     say_lora,
 )  # fmt: skip
 from .run.folder import owns_output_dir
+from .run.loading import as_it_is
 from .run.processes import is_main_process
 from .run.settings import open_dataset
 from .training.cache import Encoded, caption_ids
-from .training.loop import as_it_is, optimise
+from .training.loop import optimise
 from .training.loss import DiffusionLoss
 
 __all__ = [

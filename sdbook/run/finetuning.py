@@ -1,9 +1,8 @@
-"""What a fine-tuning starts from: its settings, the frozen model, class pictures.
+"""What a fine-tuning starts from: the frozen model, pictures of the class.
 
 And the plan of it, reckoned before anything is computed.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,72 +16,11 @@ from ..pipeline import StableDiffusion
 from ..unet import UNet
 from ..weights import build_empty
 from .checkpoints import check_fits, find_checkpoint
+from .configs import FinetuningConfig, LoRATrainingConfig
 from .memory import memory_needed
 from .plan import say_plan
 from .processes import count_steps, is_main_process, this_process
-from .settings import RunConfig, check_side, setting
-
-
-@dataclass(frozen=True)
-class FinetuningConfig(RunConfig):
-    """What every fine-tuning needs to know, besides what every training does.
-
-    Attributes:
-        pretrained: the model to start from: a shipped one's name, a folder, a hub id.
-        caption_dropout: share of captions replaced by "" (for guidance).
-        snr_gamma: min-SNR weighting (Hang et al., 2023); 0 for none.
-    """
-
-    dataset_path: str = "my-pictures"
-    batch_size: int = 8
-    max_steps: int = 400
-    warmup_steps: int = 20
-    weight_decay: float = 0.0
-    ema_decay: float = 0.0
-    pretrained: str = "scenes"
-    caption_dropout: float = setting(0.1, at_least=0, at_most=1)
-    snr_gamma: float = setting(5.0, at_least=0)
-
-
-@dataclass(frozen=True)
-class LoRATrainingConfig(FinetuningConfig):
-    """Fine-tune a UNet on a few pictures, with LoRA or whole: `sdbook train-lora`.
-
-    Attributes:
-        rank: of the change of each layer; 0 trains the UNet itself.
-        alpha: the change counts alpha / rank; none given: the rank.
-        layers: "attention", or "all" linear and convolution layers.
-        train_text_encoder: change the text model, too, in the same way.
-        class_prompts: what to keep: the model draws these before, and is trained on
-            its own pictures as well (DreamBooth's prior preservation).
-        num_class_pictures: how many of these pictures.
-        prior_weight: how much they count, against 1 for the new ones.
-    """
-
-    output_dir: str = "runs/lora"
-    rank: int = setting(4, at_least=0)
-    alpha: float | None = None
-    layers: str = setting("attention", choices=("attention", "all"))
-    train_text_encoder: bool = False
-    class_prompts: tuple[str, ...] = ()
-    num_class_pictures: int = setting(100, at_least=1)
-    prior_weight: float = setting(1.0, at_least=0)
-
-
-@dataclass(frozen=True)
-class WordTrainingConfig(FinetuningConfig):
-    """Teach a text model a new word for a few pictures: `sdbook train-word`.
-
-    Attributes:
-        word: the new word; the captions of the pictures say it.
-        like: a known word to start from, of one token; none: the mean of all.
-    """
-
-    output_dir: str = "runs/word"
-    learning_rate: float = 5e-3
-    word: str = "<new>"
-    like: str | None = None
-    caption_dropout: float = 0.0
+from .settings import check_side
 
 
 def open_model(config: FinetuningConfig) -> StableDiffusion:

@@ -1,12 +1,14 @@
 """The processes of a run: devices, ranks, and what they count and average together."""
 
+import atexit
 import math
 import os
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .memory import keep_all, recompute_blocks
 from .settings import RunConfig
 
 # How many processes were started, as torchrun and accelerate say it, or MPI.
@@ -23,6 +25,9 @@ def this_process():
     from accelerate.utils import parse_flag_from_env
 
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if state.num_processes > 1:  # they part at the end: another training may follow
+        atexit.unregister(state.destroy_process_group)
+        atexit.register(state.destroy_process_group)
     name = next((name for name in STARTED if os.environ.get(name)), None)
     started = os.environ[name] if name else "1"
     if started.isdecimal() and int(started) not in (1, state.num_processes):
@@ -79,8 +84,24 @@ def count_steps(config: RunConfig, size: int, processes: int) -> RunConfig:
     return replace(config, max_steps=steps, num_train_epochs=None)
 
 
+def wrap(accelerator, config: RunConfig, module: nn.Module, optimiser):
+    """Module and optimiser as a run uses them: compiled, sparing, together."""
+    if getattr(config, "gradient_checkpointing", False):
+        recompute_blocks(module)
+    compiled = torch.compile(module) if config.compile else module
+    return accelerator.prepare(compiled, optimiser)
+
+
+def unwrap(accelerator, module: nn.Module, wrapped: nn.Module) -> None:
+    """Undo what `wrap` put around a module, when the run has ended."""
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    keep_all(module)
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
 def mean_of_all(accelerator, measured: list[dict[str, Tensor]]) -> dict[str, float]:
-    """The mean of each number over the parts of a step and over the processes.
+    """The mean of each number over the micro-batches of a step and its processes.
 
     Of all but the loss, what is no number is left out.
     """

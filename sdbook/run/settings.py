@@ -1,30 +1,30 @@
-"""The settings of a training run: one frozen dataclass whose fields know their limits.
+"""The settings of a command: frozen dataclasses whose fields know their limits.
 
-Every field is a flag of the command line and a key of its YAML files.
+Every field is a flag of the command line and a key of its YAML files. Nothing heavy is
+imported before a run needs it, so that a wrong flag is refused at once.
 """
 
 import importlib.util
+import math
 import numbers
 import operator
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-
-import torch
-
-from ..images import CaptionedDataset, CaptionedImages, CaptionedShards
-from ..scenes import KINDS, Scenes
+from typing import Any, Literal, get_args, get_origin
 
 LIMITS = {
-    "at_least": operator.ge,
-    "more_than": operator.gt,
-    "at_most": operator.le,
-    "below": operator.lt,
+    "at_least": (operator.ge, "at least"),
+    "more_than": (operator.gt, "more than"),
+    "at_most": (operator.le, "at most"),
+    "below": (operator.lt, "less than"),
 }
-WORDS = {
-    "at_least": "at least",
-    "more_than": "more than",
-    "at_most": "at most",
-    "below": "less than",
+# What a field's type is called, for one value and for several.
+KIND_NAMES = {
+    bool: ("true or false", "true or false"),
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("a text", "texts"),
 }
 
 
@@ -55,37 +55,85 @@ def facts_of(config_class: type, name: str) -> Mapping:
     return {}
 
 
+def cleaned(value, kind) -> Any:
+    """A value as a settings class keeps it; TypeError if it is not of this kind.
+
+    Lists become tuples, paths texts, and NumPy's numbers Python's.
+    """
+    if get_origin(kind) is tuple and isinstance(value, list | tuple):
+        return tuple(cleaned(one, get_args(kind)[0]) for one in value)
+    if kind is str and isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, bool) or kind is bool:
+        if isinstance(value, bool) and kind is bool:
+            return value
+    elif kind is int and isinstance(value, numbers.Integral):
+        return int(value)
+    elif kind is float and isinstance(value, numbers.Real) and math.isfinite(value):
+        return value if isinstance(value, int) else float(value)
+    raise TypeError(f"{value!r} is not of the kind {kind}")
+
+
+def name_kind(kind) -> str:
+    """What a field takes, as in "a list of whole numbers"."""
+    if get_origin(kind) is tuple:
+        return f"a list of {KIND_NAMES[get_args(kind)[0]][1]}"
+    return KIND_NAMES[kind][0]
+
+
+def check_value(name: str, value, kind, facts: Mapping) -> Any:
+    """The value of a setting, cleaned; ValueError, with what to give, for a wrong one.
+
+    `facts` are those of `setting`.
+    """
+    choices = facts.get("choices")
+    if get_origin(kind) is Literal:
+        kind, choices = str, get_args(kind)
+    if get_origin(kind) is not tuple:  # int | None is int
+        kind = next((one for one in get_args(kind) if one in KIND_NAMES), kind)
+    tests = [(*LIMITS[limit], facts[limit]) for limit in LIMITS if limit in facts]
+    words = " and ".join(f"{word} {bound}" for _, word, bound in tests)
+    try:
+        value = cleaned(value, kind)
+    except TypeError:
+        expected = ", ".join(filter(None, [name_kind(kind), words]))
+        raise ValueError(f"{name} is {value!r}; give {expected}") from None
+    if choices and value not in choices:
+        raise ValueError(f"{name} {value!r} is none of {', '.join(choices)}")
+    for number in value if isinstance(value, tuple) else (value,):
+        if not all(holds(number, bound) for holds, _, bound in tests):
+            raise ValueError(f"{name} is {value!r}; give {words}")
+    return value
+
+
 def check_settings(config) -> None:
-    """Raise ValueError, with what to give instead, for a value beyond its limits."""
+    """Raise ValueError for a value that cannot be meant, with what to give instead.
+
+    That is one of another kind than its field, one beyond its limits, or an empty one.
+    """
     for one in fields(config):
-        value = getattr(config, one.name)
-        if value is None and one.default is not None:
+        value, default = getattr(config, one.name), one.default
+        if value is None and default is None:
+            continue
+        empty = isinstance(value, str) and not value.strip() and default != ""
+        if value is None or empty:
+            lacks = "no value" if value is None else "an empty value"
+            given = "" if default is None else f" for {default}"
             raise ValueError(
-                f"{one.name} has no value; give one, or leave it out for {one.default}"
+                f"{one.name} has {lacks}; give one, or leave it out{given}"
             )
         facts = facts_of(type(config), one.name)
-        choices = facts.get("choices")
-        if choices and value not in (None, *choices):
-            raise ValueError(f"{one.name} {value!r} is none of {', '.join(choices)}")
-        limits = {name: facts[name] for name in LIMITS if name in facts}
-        values = value if isinstance(one.default, tuple) else [value]
-        for number in values if limits and value is not None else ():
-            whole = one.type in (int, int | None)
-            is_number = isinstance(number, numbers.Integral if whole else numbers.Real)
-            if not is_number or not all(
-                LIMITS[name](number, limit) for name, limit in limits.items()
-            ):
-                words = [f"{WORDS[name]} {limit}" for name, limit in limits.items()]
-                what = "" if is_number else f"a {'whole ' * whole}number, "
-                raise ValueError(
-                    f"{one.name} is {value!r}; give {what}{' and '.join(words)}"
-                )
+        clean = check_value(one.name, value, one.type, facts)
+        object.__setattr__(config, one.name, clean)
 
 
 def check_machine(config: "RunConfig") -> None:
     """Raise ValueError for settings that this machine cannot follow."""
-    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("mixed_precision fp16 needs a GPU; use 'no' or 'bf16'")
+    if config.mixed_precision == "fp16":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError("mixed_precision fp16 needs a GPU; use 'no' or 'bf16'")
     package = config.log_with
     if package != "none" and importlib.util.find_spec(package) is None:
         raise ValueError(
@@ -195,8 +243,11 @@ class RunConfig:
         check_machine(self)
 
 
-def open_dataset(config: RunConfig, split: str = "train") -> CaptionedDataset:
-    """The scenes, or the pictures of a folder or of .tar shards (without splits)."""
+def open_dataset(config: RunConfig, split: str = "train"):
+    """A `CaptionedDataset`: the scenes, or (without splits) a folder or .tar shards."""
+    from ..images import CaptionedImages, CaptionedShards
+    from ..scenes import KINDS, Scenes
+
     if config.dataset_path == "scenes":
         kinds = config.kinds or tuple(KINDS)
         return Scenes(config.image_size, split, length=config.num_pictures, kinds=kinds)

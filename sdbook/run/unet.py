@@ -1,100 +1,28 @@
-"""What a training of the UNet starts from: settings, a shape, the frozen parts."""
+"""What a training of the UNet starts from: a shape, a noise schedule, frozen parts."""
 
 import warnings
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import Dataset
 
+from ..attention import TransformerBlock
 from ..clip import CLIPTextModel, Tokenizer
 from ..files import read_json
 from ..formats import find_model, find_tokenizer
 from ..pipeline import check_tokenizer, load_scheduler
 from ..schedulers import DDIMScheduler
-from ..unet import UNet, UNetConfig
+from ..unet import UNet, UNetConfig, start_as_identity
 from ..vae import AutoencoderKL
+from ..weights import build_empty
+from .checkpoints import check_fits, find_checkpoint
+from .configs import TrainingConfig, sized_preset
 from .memory import memory_needed
-from .settings import RunConfig, check_multiple, check_side, setting
-
-# Widths of the levels, residual blocks a level, which levels read the text (counted
-# from 0 at the top), attention heads, groups of every GroupNorm.
-PRESETS = {
-    "tiny": ((32, 64), 1, (1,), 2, 8),
-    "scenes": ((48, 96, 128), 1, (1, 2), 4, 16),
-    "small": ((64, 128, 192), 1, (1, 2), 4, 16),
-    "base": ((128, 256, 384, 512), 2, (1, 2, 3), 8, 32),
-    "sd15": ((320, 640, 1280, 1280), 2, (0, 1, 2), 8, 32),
-}
-SHARE = {"at_least": 0, "at_most": 1}
-
-
-@dataclass(frozen=True)
-class TrainingConfig(RunConfig):
-    """Train a UNet on frozen latents and texts: `sdbook train`.
-
-    Attributes:
-        pretrained: a model to go on from: a folder, a hub id or one file.
-        vae_weights_path: folder (or file) of a VAE, or of a run of train-vae; by
-            default that of `pretrained`, or runs/vae.
-        text_encoder_path: folder with text_encoder/ and tokenizer/ (train-clip's); by
-            default those of `pretrained`, or of runs/clip.
-        unet_preset: how large a UNet from zero is: "tiny", "scenes" (the shipped
-            one's), "small" (where nothing is said), "base" or "sd15".
-        unet_dim: width of the first level; the preset's others keep their proportion.
-        unet_config: a UNet of any other shape: a file like diffusers' config.json.
-        beta_schedule: "scaled_linear", "linear" or "cosine".
-        diffusion_steps: timesteps of the noise schedule.
-        prediction_type: "epsilon", "v_prediction" or "sample".
-        rescale_betas_zero_snr: let the schedule end in pure noise (Lin et al., 2024).
-        caption_dropout: share of captions replaced by "" (for guidance).
-        snr_gamma: min-SNR weighting (Hang et al., 2023); 0 for none.
-        snr_power: on these weights; below 1, noisy timesteps (the layout) count more.
-        noisy_share: of the timesteps, moved to the noisiest quarter; 0 for none.
-        gradient_checkpointing: compute the insides of blocks twice to save memory.
-        num_validation: pictures to validate on, not trained on (a tenth at most).
-        sample_prompts: what to draw every sample_every steps; by default captions of
-            held-out pictures.
-    """
-
-    output_dir: str = "runs/unet"
-    max_steps: int = 10_000
-    checkpoint_every: int = 1000
-
-    pretrained: str | None = None
-    vae_weights_path: str | None = None
-    text_encoder_path: str | None = None
-    unet_preset: str | None = setting(None, choices=tuple(PRESETS))
-    unet_dim: int | None = setting(None, at_least=1)
-    unet_config: str | None = None
-
-    beta_schedule: str = "scaled_linear"
-    diffusion_steps: int = setting(1000, at_least=1)
-    prediction_type: str = "epsilon"
-    rescale_betas_zero_snr: bool = False
-    caption_dropout: float = setting(0.1, **SHARE)
-    snr_gamma: float = setting(5.0, at_least=0)
-    snr_power: float = setting(1.0, **SHARE)
-    noisy_share: float = setting(0.0, **SHARE)
-
-    gradient_checkpointing: bool = setting(False, affects_steps=False)
-    num_validation: int = setting(64, at_least=0)
-    sample_prompts: tuple[str, ...] = setting((), affects_steps=False)
-
-    def __post_init__(self):
-        super().__post_init__()
-        make_noise_schedule(self)  # refuses unknown schedules and prediction types
-        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
-            raise ValueError(
-                "rescale_betas_zero_snr makes the last timestep pure noise, from which "
-                "prediction_type 'epsilon' says nothing about the picture; set "
-                "prediction_type to v_prediction, or rescale_betas_zero_snr to false"
-            )
-        if self.unet_config and (self.unet_preset or self.unet_dim):
-            raise ValueError(
-                f"unet_config is {self.unet_config}, and unet_preset or unet_dim is "
-                "given, too; give one of them"
-            )
-        asked_shape(self)
+from .plan import say_plan
+from .settings import check_multiple, check_side, open_dataset
 
 
 def make_noise_schedule(config: TrainingConfig) -> DDIMScheduler:
@@ -137,9 +65,7 @@ def check_schedule(config: TrainingConfig) -> None:
 
 def preset_shape(name: str, width: int | None = None) -> UNetConfig:
     """The config of a preset, whose first level may have another `width`."""
-    widths, layers, readers, heads, groups = PRESETS[name]
-    if width:
-        widths = tuple(w * width // widths[0] for w in widths)
+    widths, layers, readers, heads, groups = sized_preset(name, width)
     reads = [level in readers for level in range(len(widths))]
     down = ("CrossAttnDownBlock2D" if read else "DownBlock2D" for read in reads)
     up = ("CrossAttnUpBlock2D" if read else "UpBlock2D" for read in reversed(reads))
@@ -159,11 +85,6 @@ def asked_shape(config: TrainingConfig) -> UNetConfig | None:
     Raises ValueError for one that cannot be built.
     """
     if config.unet_config:
-        if not Path(config.unet_config).is_file():
-            raise FileNotFoundError(
-                f"unet_config: there is no file {config.unet_config}; give one like "
-                "the config.json in a model's unet/, or leave it out"
-            )
         shape = UNetConfig.from_dict(read_json(config.unet_config), config.unet_config)
     elif config.pretrained and not config.unet_preset and not config.unet_dim:
         return None
@@ -182,11 +103,11 @@ def find_sizes(config: TrainingConfig) -> UNetConfig:
 
     Raises ValueError for a picture size or parts that do not fit together.
     """
+    unet = asked = asked_shape(config)
     vae = AutoencoderKL.find_config(source_of(config, "vae"))
     text = CLIPTextModel.find_config(source_of(config, "text_encoder"))
     fitting = {"cross_attention_dim": text.hidden_size}
     fitting |= {"in_channels": vae.latent_channels, "out_channels": vae.latent_channels}
-    unet = asked = asked_shape(config)
     if config.pretrained:
         unet = UNet.find_config(source_of(config, "unet"))
         wanted = replace(asked or unet, **fitting, sample_size=unet.sample_size)
@@ -219,6 +140,23 @@ def unet_memory(config: TrainingConfig, unet: UNet) -> dict:
         return memory_needed(config, unet, latents, torch.zeros(b), context)
 
 
+def prepare(config: TrainingConfig) -> tuple[UNetConfig, Dataset, list[int], Dataset]:
+    """The UNet's config, the pictures, which of them to show, and those held out.
+
+    Says the plan. Raises ValueError, before anything is opened, for settings, frozen
+    parts or a checkpoint that do not fit together.
+    """
+    sizes = find_sizes(config)
+    check_schedule(config)
+    empty = build_empty(UNet, sizes)
+    check_fits(find_checkpoint(config), empty)
+    dataset = open_dataset(config)
+    shown, held = dataset.held_out(config.num_validation)
+    memory = unet_memory(config, empty)
+    say_plan(config, dataset, empty, memory, shown=len(shown), held=len(held))
+    return sizes, dataset, shown, held
+
+
 # The frozen parts -------------------------------------------------------------
 
 FROZEN = {
@@ -248,9 +186,9 @@ def source_of(config: TrainingConfig, part: str) -> Path:
 
 
 def open_frozen(
-    config: TrainingConfig,
+    config: TrainingConfig, device="cpu"
 ) -> tuple[AutoencoderKL, CLIPTextModel, Tokenizer]:
-    """The trained VAE, text model and tokenizer."""
+    """The trained VAE, text model and tokenizer, on a device."""
     words = source_of(config, "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(source_of(config, "text_encoder"))
     tokenizer = Tokenizer.from_pretrained(
@@ -258,4 +196,48 @@ def open_frozen(
     )
     check_tokenizer(tokenizer, text_encoder.config)
     vae = AutoencoderKL.from_pretrained(source_of(config, "vae"))
-    return vae.eval(), text_encoder.eval(), tokenizer
+    vae.to(device, memory_format=torch.channels_last)
+    return vae.eval(), text_encoder.to(device).eval(), tokenizer
+
+
+# The first weights ------------------------------------------------------------
+
+
+def whitening(
+    states: Float[Tensor, "m n d"], floor: float = 0.01
+) -> Float[Tensor, "d d"]:
+    """S^(-1/2), with S the second moments of the states' vectors.
+
+    `floor`, as a share of the mean, is added to the strength of every direction.
+    """
+    x = states.flatten(0, 1).float()
+    strengths, directions = torch.linalg.eigh(x.T @ x / len(x))
+    strengths = strengths + floor * strengths.mean()
+    return directions / strengths.sqrt() @ directions.T
+
+
+@torch.no_grad()
+def start_white(unet: UNet, states: Float[Tensor, "m n d"]) -> UNet:
+    """Let the maps that read the text start as if its states were white.
+
+    `states` are those of many captions. `to_k` and `to_v` of each cross-attention
+    are multiplied by their `whitening`.
+    """
+    whiten = whitening(states)
+    for block in unet.modules():
+        if isinstance(block, TransformerBlock):
+            for read in (block.attn2.to_k, block.attn2.to_v):
+                read.weight.copy_(read.weight @ whiten.to(read.weight))
+    return unet
+
+
+def new_unet(config: TrainingConfig, sizes: UNetConfig, states: Tensor) -> UNet:
+    """A UNet that starts from zero, or from the one in `pretrained`.
+
+    From zero, it starts as the identity, and white for the text states (m, n, d).
+    """
+    if config.pretrained is None:
+        return start_white(start_as_identity(UNet(sizes)), states)
+    unet = UNet.from_pretrained(source_of(config, "unet"))
+    unet.config = sizes  # the same, but for the size of the pictures
+    return unet

@@ -5,7 +5,6 @@ Generated from chapters/06_clip.ipynb; do not edit.
 
 import copy
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -18,18 +17,19 @@ from ..clip import (
     contrastive_loss,
 )
 from ..features import BookCLIP
+from ..run.configs import CLIPTrainingConfig
 from ..run.folder import owns_output_dir
 from ..run.memory import memory_needed
 from ..run.plan import say_plan
 from ..run.processes import is_main_process
-from ..run.settings import RunConfig, open_dataset, setting
+from ..run.settings import open_dataset
 from ..twins import Twins
 from .cache import caption_ids, warn_about_long
 from .loop import optimise
 
 __all__ = [
-    "start_apart", "CLIPTrainingConfig", "new_text_encoder", "Tokenize",
-    "say_clip_plan", "clip_loss", "train_clip",
+    "start_apart", "new_text_encoder", "Tokenize", "say_clip_plan", "clip_loss",
+    "train_clip",
 ]
 
 
@@ -38,32 +38,6 @@ def start_apart(clip: CLIP) -> None:
     embeddings = clip.text_encoder.embeddings
     nn.init.normal_(embeddings.token_embedding.weight, std=0.3)
     nn.init.constant_(clip.logit_scale, math.log(4))
-
-
-@dataclass(frozen=True)
-class CLIPTrainingConfig(RunConfig):
-    """Train a CLIP text model and its tokenizer from zero: `sdbook train-clip`.
-
-    Attributes:
-        vocab_size: tokens to learn from the captions, at most.
-        max_length: tokens per caption, start and end included.
-        hidden_size: width of the text embeddings.
-        num_hidden_layers: of the text model.
-        num_attention_heads: of the text model.
-        twins: give every scene a near twin, so that word order has to matter.
-    """
-
-    output_dir: str = setting("runs/clip", affects_steps=False)
-    batch_size: int = setting(96, at_least=1)
-    max_steps: int = setting(600, at_least=1)
-    weight_decay: float = setting(0.05, at_least=0)
-    warmup_steps: int = setting(50, at_least=0)
-    vocab_size: int = 800
-    max_length: int = 24
-    hidden_size: int = setting(128, at_least=1)
-    num_hidden_layers: int = 4
-    num_attention_heads: int = setting(4, at_least=1)
-    twins: bool = True
 
 
 def new_text_encoder(config: CLIPTrainingConfig, tokenizer) -> CLIPTextModel:

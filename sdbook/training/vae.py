@@ -6,7 +6,7 @@ Generated from chapters/05_vae.ipynb; do not edit.
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -17,17 +17,12 @@ from torch.utils.data import Dataset
 from torchvision.utils import make_grid
 
 from ..pipeline import to_pictures
+from ..run.configs import VAETrainingConfig
 from ..run.folder import owns_output_dir
 from ..run.memory import memory_needed
 from ..run.plan import say_plan
 from ..run.processes import is_main_process
-from ..run.settings import (
-    RunConfig,
-    check_multiple,
-    check_side,
-    open_dataset,
-    setting,
-)
+from ..run.settings import open_dataset
 from ..scenes import CrowdedScenes
 from ..vae import AutoencoderKL, VAEConfig
 from .loop import optimise
@@ -35,7 +30,7 @@ from .loss import ALL_ROWS
 
 __all__ = [
     "start_certain", "some_pixels", "latent_noise", "latent_spread", "VAELoss",
-    "VAETrainingConfig", "new_vae", "reconstruction_psnr", "rebuilt_sheet", "train_vae",
+    "new_vae", "reconstruction_psnr", "rebuilt_sheet", "train_vae",
 ]
 
 
@@ -106,42 +101,6 @@ class VAELoss(nn.Module):
         kl = posterior.kl().mean() / pixels[0].numel()
         loss = self.l1_weight * absolute + self.l2_weight * squared
         return loss + self.kl_weight * kl, {"kl": kl, "squared": squared}
-
-
-@dataclass(frozen=True)
-class VAETrainingConfig(RunConfig):
-    """Train an AutoencoderKL from zero: `sdbook train-vae`.
-
-    Attributes:
-        block_out_channels: width of each level; one halving between two levels.
-        layers_per_block: residual blocks per level of the encoder.
-        norm_num_groups: groups of every GroupNorm.
-        l1_weight: of the absolute error.
-        l2_weight: of the squared error.
-        kl_weight: of the divergence from the standard normal, per pixel number.
-    """
-
-    output_dir: str = setting("runs/vae", affects_steps=False)
-    batch_size: int = setting(32, at_least=1)
-    max_steps: int = setting(1000, at_least=1)
-    learning_rate: float = setting(1e-3, more_than=0)
-    weight_decay: float = setting(0.0, at_least=0)
-    block_out_channels: tuple[int, ...] = (32, 64, 64)
-    layers_per_block: int = setting(1, at_least=1)
-    norm_num_groups: int = setting(8, at_least=1)
-    l1_weight: float = setting(0.1, at_least=0)
-    l2_weight: float = setting(1.0, at_least=0)
-    kl_weight: float = setting(3e-4, at_least=0)
-
-    def __post_init__(self):
-        super().__post_init__()
-        widths, groups = self.block_out_channels, self.norm_num_groups
-        check_multiple("block_out_channels", widths, "norm_num_groups", groups)
-        check_side(self.image_size, 2 ** (len(widths) - 1))
-        if not self.l1_weight and not self.l2_weight:
-            raise ValueError(
-                "l1_weight and l2_weight are both 0; give one of them more"
-            )
 
 
 def new_vae(config: VAETrainingConfig) -> AutoencoderKL:
