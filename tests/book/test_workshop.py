@@ -64,7 +64,8 @@ FLOORS = {
     "reports": 4.1,
     "features": 3.5,
     "twins": 2.6,
-    "adapters": 2.1,
+    "words": 3.2,
+    "adapters": 2.4,
     "__init__": 4.1,  # hands on StableDiffusion
     "pipeline": 4,
     "unet": 3,
