@@ -30,7 +30,7 @@ def save_checkpoint(folder: Path, step: int, stateful: dict, keep: int = 1) -> P
     Older ones beyond `keep` are removed afterwards. Raises OSError, naming the last
     whole one, when it cannot be written.
     """
-    state = {name: part.state_dict() for name, part in stateful.items()}
+    state = {name: thing.state_dict() for name, thing in stateful.items()}
     path = Path(folder) / f"step-{step:08d}.pt"
 
     def write(temporary: Path) -> None:
@@ -232,16 +232,24 @@ def content_of(dataset: Dataset) -> str | None:
     """
     if hasattr(dataset, "content"):
         return dataset.content
-    if files := getattr(dataset, "files", ()):
-        sizes = [os.path.getsize(file) for file in files if os.path.exists(file)]
-        return short_name(*dataset.captions(), *sizes)
+    if pairs := getattr(dataset, "pairs", ()):
+        facts = [f"{size_of(file)} {caption}" for file, caption in pairs]
+        return short_name(*facts)
     inside = [part for part in vars(dataset).values() if isinstance(part, Dataset)]
     names = [name for name in map(content_of, inside) if name]
     return short_name(*names) if names else None
 
 
+def size_of(file) -> int:
+    """How long a file is; 0 for one that cannot be asked."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
+
+
 class SettingsRecord:
-    """The settings that decide what a step does, as a part of a checkpoint.
+    """The settings that decide what a step does, as a checkpoint holds them.
 
     `more` are facts of the same kind; those that are None are not known. Taking back
     others than these warns, naming each with its old and its new value.
@@ -255,8 +263,6 @@ class SettingsRecord:
         }
         if config.lr_scheduler == "constant":
             without.add("max_steps")
-        if not config.dataset_path.endswith(".tar"):
-            without.add("num_workers")  # they share shards, but no other data
         facts = {**asdict(config), **more}
         kept = {name: value for name, value in facts.items() if name not in without}
         self.kept = json.loads(json.dumps(kept))  # lists for tuples, as in a file
@@ -288,8 +294,19 @@ class SettingsRecord:
 # For a `Run` ------------------------------------------------------------------
 
 
-def find_start(run) -> int:
-    """Let a `Run` take back its last checkpoint; returns the step to go on with."""
+def find_start(run, dataset: Dataset) -> int:
+    """Let a `Run` take back its last checkpoint; returns the step to go on with.
+
+    It then also holds its settings (and what it trains on), to be compared when it
+    goes on, and the scaler of float16.
+    """
+    if run.accelerator.scaler:
+        run.stateful["scaler"] = run.accelerator.scaler
+    if run.main:
+        run.stateful["settings"] = SettingsRecord(
+            run.config, processes=run.world, pictures=len(dataset),
+            content=content_of(dataset),
+        )  # fmt: skip
     folder = Path(run.config.output_dir) / "checkpoints"
     with run.accelerator.main_process_first():
         path = find_checkpoint(run.config)

@@ -37,7 +37,7 @@ def describe_plan(
     shown = len(dataset) if shown is None else shown
     config = count_steps(config, shown, world)
     pictures = pictures_per_step(config, world)
-    rejected = len(getattr(dataset, "problems", ()))
+    rejected = len(dataset.problems)
     path = find_checkpoint(config)
     count = sum(weight.numel() for weight in model.parameters())
     epochs = config.max_steps * pictures / shown

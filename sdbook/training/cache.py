@@ -67,9 +67,9 @@ def write_moments(
     wanted = {key: number for number, key in enumerate(keys) if key not in known}
     if not wanted:
         return
-    source = dataset.unread(wanted)
+    items, read = list(wanted.items()), dataset.unread
     loader = DataLoader(
-        source, batch_size, collate_fn=list, num_workers=num_workers,
+        items, batch_size, collate_fn=read, num_workers=num_workers,
         worker_init_fn=leave_signals_to_main,
     )  # fmt: skip
     done = len(keys) - len(wanted)
