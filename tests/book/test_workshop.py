@@ -73,6 +73,7 @@ FLOORS = {
     "data": 2.9,  # hands on the names of scenes and images
     "scenes": 2.5,
     "images": 2.3,
+    "folders": 2,
     "schedulers": 2.3,
     "formats": 2.3,
     "weights": 2,
