@@ -231,10 +231,6 @@ class CaptionedImages(CaptionedDataset):
     def __len__(self) -> int:
         return len(self.pairs) * self.cut.looks
 
-    def name(self, number: int) -> str:
-        """The name of a picture inside the folder, the same on every computer."""
-        return self.pairs[number][0].relative_to(self.path).as_posix()
-
     def read(self, index: int) -> Float[Tensor, "3 h w"] | None:
         """The pixels of an item; None, and once a report, if they cannot be read."""
         look, number = divmod(index, len(self.pairs))
@@ -257,6 +253,10 @@ class CaptionedImages(CaptionedDataset):
             if pixels is not None:
                 return pixels, self.pairs[place % len(self.pairs)][1]
         raise ValueError(f"none of the {len(self.pairs)} pictures can be read")
+
+    def name(self, number: int) -> str:
+        """The name of a picture inside the folder, the same on every computer."""
+        return self.pairs[number][0].relative_to(self.path).as_posix()
 
     def captions(self) -> list[str]:
         """The caption of every look at every picture."""
