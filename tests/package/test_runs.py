@@ -300,6 +300,7 @@ FOREIGN = {
     "optimiser of numbers": dict(optimiser={"state": {0: 5}}),
     "optimiser of nothing": dict(optimiser=None),
     "model of numbers": dict(model={"weight": 1}),
+    "average that is lost": dict(ema={"weight": torch.tensor([[float("nan")]])}),
     "average of numbers": dict(ema=3),
     "step of text": dict(step="x"),
     "meter of numbers": dict(meter=[1]),
@@ -358,7 +359,7 @@ def test_foreign_files_to_resume_from(kind, checkpoint, tmp_path):
     folder.mkdir(parents=True)
     (folder / checkpoint.name).write_bytes(checkpoint.read_bytes())
     write_foreign(folder / "step-00000007.pt", kind)
-    with pytest.warns(UserWarning, match="00007.pt is torn; trying the one before"):
+    with pytest.warns(UserWarning, match="00007.pt cannot be used.*the one before"):
         assert find_checkpoint(replace(config, resume="auto")).name == checkpoint.name
 
 
