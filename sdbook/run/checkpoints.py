@@ -36,8 +36,6 @@ def save_checkpoint(folder: Path, step: int, stateful: dict, keep: int = 1) -> P
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
             torch.save(state | {"step": step}, file)
-            file.flush()
-            os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
 
     try:
         write_atomically(path, write)
