@@ -583,7 +583,7 @@ def stopping(config, stops, loss_of=noisy_loss):
         return loss_of(*given)
 
     for _ in stops:
-        with pytest.raises(KeyboardInterrupt, match="after step .* goes on from there"):
+        with pytest.raises(KeyboardInterrupt, match="after step .* goes on from step"):
             optimise(config, wide_net(), Numbers(), loss)
     return optimise(config, wide_net(), Numbers(), loss)
 
