@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from ..files import write_atomically
+from ..files import naming, write_atomically
 from ..images import KEY_LENGTH
-from .folder import naming
 
 CHECKED = 2**30  # bytes of rows that are read when a table is opened
 STRUCK_OUT = b"-" * KEY_LENGTH
