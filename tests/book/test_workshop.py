@@ -37,6 +37,8 @@ MODULES = sorted(FILES)
 # that need each other stand on steps between two floors.
 FLOORS = {
     "__main__": 6,
+    "run.evaluating": 5.9,
+    "run.sampling": 5.8,
     "evaluation": 5,
     "finetuning": 5.5,
     "training": 5.3,  # hands on the names of its modules
@@ -49,6 +51,8 @@ FLOORS = {
     "run": 4.4,
     "run.finetuning": 4.35,
     "run.plan": 4.3,
+    "run.curves": 4.3,
+    "run.next_steps": 4.3,
     "run.unet": 4.3,
     "run.checkpoints": 4.2,
     "run.processes": 4.2,
@@ -74,6 +78,7 @@ FLOORS = {
     "formats": 2.3,
     "weights": 2,
     "files": 1,
+    "counts": 0,
     "attention": 1,
     "resblocks": 1,
     "viz": 0,
