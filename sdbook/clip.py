@@ -27,9 +27,10 @@ from .weights import Config, Pretrained
 __all__ = [
     "START", "END", "byte_symbols", "merges_of", "learn_merges", "write_vocabulary",
     "open_tokenizer", "write_older_files", "Tokenizer", "fit_to_length",
-    "warn_about_cut_words", "learn_vocabulary", "CLIPTextConfig", "CLIPEmbeddings",
-    "causal_mask", "CLIPAttention", "quick_gelu", "CLIPMLP", "CLIPLayer",
-    "CLIPEncoder", "CLIPTextModel", "ImageTower", "contrastive_loss", "CLIP",
+    "expand_words", "warn_about_cut_words", "learn_vocabulary", "CLIPTextConfig",
+    "CLIPEmbeddings", "causal_mask", "CLIPAttention", "quick_gelu", "CLIPMLP",
+    "CLIPLayer", "CLIPEncoder", "CLIPTextModel", "ImageTower", "contrastive_loss",
+    "CLIP",
 ]
 
 
@@ -143,7 +144,7 @@ class Tokenizer:
 
     def tokens(self, text: str) -> list[str]:
         """The pieces of a text, from start to end, without padding."""
-        ids = self.backend(text, verbose=False)["input_ids"]
+        ids = expand_words(self.backend, self.backend(text, verbose=False)["input_ids"])
         return self.backend.convert_ids_to_tokens(ids)
 
     def decode(self, ids: Int64[Tensor, "n"]) -> str:
@@ -177,12 +178,25 @@ class Tokenizer:
 def fit_to_length(backend, text: str, max_length: int) -> list[int]:
     """The ids of a text, cut (with a warning) or filled up to `max_length`."""
     end = backend.eos_token_id
-    ids = backend(text, verbose=False)["input_ids"]
+    ids = expand_words(backend, backend(text, verbose=False)["input_ids"])
     if len(ids) > max_length:
         lost = backend.decode(ids[max_length - 1 : -1])
         warn_about_cut_words(lost, max_length - 2)
         ids = ids[: max_length - 1] + [end]
     return ids + [end] * (max_length - len(ids))
+
+
+def expand_words(backend, ids: list[int]) -> list[int]:
+    """Ids, and after an added word its other rows: `<x>_1`, `<x>_2`, … (chapter 12)."""
+    added, expanded = backend.added_tokens_encoder, []
+    names = {number: name for name, number in added.items()}
+    for number in ids:
+        word, count = names.get(number), 0
+        while number is not None:
+            expanded.append(number)
+            count += 1
+            number = added.get(f"{word}_{count}") if word else None
+    return expanded
 
 
 def warn_about_cut_words(lost: str, room: int) -> None:

@@ -22,8 +22,9 @@ from torch import Tensor
 __all__ = [
     "WeightsError", "write_atomically", "write_json", "save_weights", "read_json",
     "list_folder", "TOGETHER", "read_safetensors", "find_weights", "find_shards",
-    "Ignored", "STAND_INS", "read_pickle", "read_weights", "explain", "WEIGHTS_NAMES",
-    "is_hub_id", "weights_patterns", "lacks_weights", "fetch", "download",
+    "Ignored", "STAND_INS", "ParameterDict", "read_pickle", "read_weights", "explain",
+    "WEIGHTS_NAMES", "is_hub_id", "weights_patterns", "lacks_weights", "fetch",
+    "download",
 ]
 
 
@@ -189,12 +190,25 @@ STAND_INS = [
 ]
 
 
+class ParameterDict(dict):
+    """Stands in for PyTorch's, in which the first words of textual inversion lie."""
+
+    __module__ = "torch.nn.modules.container"
+
+    def __setstate__(self, state):
+        self.update(state["_parameters"])
+
+
+STAND_INS.append(ParameterDict)
+
+
 def read_pickle(path: Path, mapped: bool = True) -> dict[str, Tensor]:
     """The tensors of a pickle, which cannot run code while it is read."""
     mapped = mapped and zipfile.is_zipfile(path)  # older pickles cannot be mapped
     with torch.serialization.safe_globals(STAND_INS):
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    for shelf in ("state_dict", "string_to_param"):  # the second is A1111's for words
+        loaded = loaded.get(shelf, loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(loaded, dict):
         raise WeightsError(f"{path} holds a {type(loaded).__name__}, not named tensors")
     return {key: value for key, value in loaded.items() if isinstance(value, Tensor)}

@@ -4,8 +4,9 @@ import math
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .memory import keep_all, recompute_blocks
 from .settings import RunConfig
 
 
@@ -46,8 +47,23 @@ def count_steps(config: RunConfig, size: int, processes: int) -> RunConfig:
     return replace(config, max_steps=steps, num_train_epochs=None)
 
 
+def wrap(accelerator, config: RunConfig, module: nn.Module, optimiser):
+    """Module and optimiser as a run uses them: compiled, sparing, together."""
+    if getattr(config, "gradient_checkpointing", False):
+        recompute_blocks(module)
+    compiled = torch.compile(module) if config.compile else module
+    return accelerator.prepare(compiled, optimiser)
+
+
+def unwrap(accelerator, module: nn.Module, wrapped: nn.Module) -> None:
+    """Undo what `wrap` put around a module, when the run has ended."""
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    keep_all(module)
+    accelerator.end_training()
+
+
 def mean_of_all(accelerator, measured: list[dict[str, Tensor]]) -> dict[str, float]:
-    """The mean of each number over the parts of a step and over the processes.
+    """The mean of each number over the micro-batches of a step and its processes.
 
     Of all but the loss, what is no number is left out.
     """

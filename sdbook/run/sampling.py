@@ -38,6 +38,7 @@ class SamplingConfig:
         lora_path: a LoRA to draw with, a folder (as train-lora wrote it) or file.
         lora_scale: how strongly it changes the model, from 0.
         word_path: a new word that the prompts may say (as train-word wrote it).
+        word: what the prompts call it; what the file calls it by default.
         guidance_scale: how strongly the prompt pulls; 1 is no guidance.
         num_inference_steps: denoising steps.
         scheduler: a sampler's name, such as ddim; the model's own by default.
@@ -65,6 +66,7 @@ class SamplingConfig:
     lora_path: str | None = None
     lora_scale: float = 1.0
     word_path: str | None = None
+    word: str | None = None
     guidance_scale: float = 3.0
     num_inference_steps: int = setting(25, at_least=1)
     scheduler: str | None = None
@@ -80,10 +82,15 @@ class SamplingConfig:
             raise ValueError("give a prompt or a prompt_file, one of the two")
         if Path(self.output_path).suffix.lower() != ".png":
             raise ValueError(f"output_path {self.output_path!r} must end in .png")
-        if self.lora_path is None and self.lora_scale != 1:
-            raise ValueError(
-                f"lora_scale {self.lora_scale} without lora_path; give the LoRA"
-            )
+        for name, what, needs in (
+            ("lora_scale", "LoRA", "lora_path"),
+            ("word", "word's file", "word_path"),
+            ("mask_path", "picture", "image_path"),
+            ("strength", "picture", "image_path"),
+        ):
+            value, usual = getattr(self, name), type(self).__dataclass_fields__[name]
+            if value != usual.default and getattr(self, needs) is None:
+                raise ValueError(f"{name} {value} without {needs}; give the {what}")
 
 
 def sample(config: SamplingConfig) -> None:
@@ -192,7 +199,7 @@ def open_model(config: SamplingConfig):
     if config.word_path is not None:
         from ..finetuning import load_word
 
-        load_word(pipe, config.word_path)
+        load_word(pipe, config.word_path, config.word)
     if config.lora_path is not None:
         from ..finetuning import load_lora
 

@@ -5,17 +5,24 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import Dataset
 
+from ..attention import TransformerBlock
 from ..clip import CLIPTextModel, Tokenizer
 from ..files import read_json
 from ..formats import find_model, find_tokenizer
 from ..pipeline import check_tokenizer, load_scheduler
 from ..schedulers import DDIMScheduler
-from ..unet import UNet, UNetConfig
+from ..unet import UNet, UNetConfig, start_as_identity
 from ..vae import AutoencoderKL
+from ..weights import build_empty
+from .checkpoints import check_fits, find_checkpoint
 from .configs import TrainingConfig, sized_preset
 from .memory import memory_needed
-from .settings import check_multiple, check_side
+from .plan import say_plan
+from .settings import check_multiple, check_side, open_dataset
 
 
 def make_noise_schedule(config: TrainingConfig) -> DDIMScheduler:
@@ -133,6 +140,23 @@ def unet_memory(config: TrainingConfig, unet: UNet) -> dict:
         return memory_needed(config, unet, latents, torch.zeros(b), context)
 
 
+def prepare(config: TrainingConfig) -> tuple[UNetConfig, Dataset, list[int], Dataset]:
+    """The UNet's config, the pictures, which of them to show, and those held out.
+
+    Says the plan. Raises ValueError, before anything is opened, for settings, frozen
+    parts or a checkpoint that do not fit together.
+    """
+    sizes = find_sizes(config)
+    check_schedule(config)
+    empty = build_empty(UNet, sizes)
+    check_fits(find_checkpoint(config), empty)
+    dataset = open_dataset(config)
+    shown, held = dataset.held_out(config.num_validation)
+    memory = unet_memory(config, empty)
+    say_plan(config, dataset, empty, memory, shown=len(shown), held=len(held))
+    return sizes, dataset, shown, held
+
+
 # The frozen parts -------------------------------------------------------------
 
 FROZEN = {
@@ -162,9 +186,9 @@ def source_of(config: TrainingConfig, part: str) -> Path:
 
 
 def open_frozen(
-    config: TrainingConfig,
+    config: TrainingConfig, device="cpu"
 ) -> tuple[AutoencoderKL, CLIPTextModel, Tokenizer]:
-    """The trained VAE, text model and tokenizer."""
+    """The trained VAE, text model and tokenizer, on a device."""
     words = source_of(config, "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(source_of(config, "text_encoder"))
     tokenizer = Tokenizer.from_pretrained(
@@ -172,4 +196,48 @@ def open_frozen(
     )
     check_tokenizer(tokenizer, text_encoder.config)
     vae = AutoencoderKL.from_pretrained(source_of(config, "vae"))
-    return vae.eval(), text_encoder.eval(), tokenizer
+    vae.to(device, memory_format=torch.channels_last)
+    return vae.eval(), text_encoder.to(device).eval(), tokenizer
+
+
+# The first weights ------------------------------------------------------------
+
+
+def whitening(
+    states: Float[Tensor, "m n d"], floor: float = 0.01
+) -> Float[Tensor, "d d"]:
+    """S^(-1/2), with S the second moments of the states' vectors.
+
+    `floor`, as a share of the mean, is added to the strength of every direction.
+    """
+    x = states.flatten(0, 1).float()
+    strengths, directions = torch.linalg.eigh(x.T @ x / len(x))
+    strengths = strengths + floor * strengths.mean()
+    return directions / strengths.sqrt() @ directions.T
+
+
+@torch.no_grad()
+def start_white(unet: UNet, states: Float[Tensor, "m n d"]) -> UNet:
+    """Let the maps that read the text start as if its states were white.
+
+    `states` are those of many captions. `to_k` and `to_v` of each cross-attention
+    are multiplied by their `whitening`.
+    """
+    whiten = whitening(states)
+    for block in unet.modules():
+        if isinstance(block, TransformerBlock):
+            for read in (block.attn2.to_k, block.attn2.to_v):
+                read.weight.copy_(read.weight @ whiten.to(read.weight))
+    return unet
+
+
+def new_unet(config: TrainingConfig, sizes: UNetConfig, states: Tensor) -> UNet:
+    """A UNet that starts from zero, or from the one in `pretrained`.
+
+    From zero, it starts as the identity, and white for the text states (m, n, d).
+    """
+    if config.pretrained is None:
+        return start_white(start_as_identity(UNet(sizes)), states)
+    unet = UNet.from_pretrained(source_of(config, "unet"))
+    unet.config = sizes  # the same, but for the size of the pictures
+    return unet

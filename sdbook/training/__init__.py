@@ -1,8 +1,9 @@
 # ruff: noqa: F401
 """Training: the loss, the loop and the cache, and with them UNet, VAE and CLIP.
 
-Written by hand; the modules are generated from chapters 05, 06 and 08. It hands on
-their names, and those of `sdbook.run` that a training of one's own needs.
+Written by hand, like `cache` and `validation`; the other modules are generated from
+chapters 05, 06 and 08. It hands on their names, and those of `sdbook.run` that a
+training of one's own needs.
 """
 
 from ..images import short_name
@@ -20,13 +21,20 @@ from ..run.configs import (
     TrainingConfig,
     VAETrainingConfig,
 )
+from ..run.loading import as_it_is
 from ..run.logs import Log, Meter
 from ..run.memory import keep_all, kept_bytes, memory_needed, recompute_blocks
 from ..run.plan import describe_plan, say_plan
 from ..run.processes import count_steps, is_main_process, make_accelerator
 from ..run.settings import RunConfig, check_side, open_dataset, setting
 from ..run.tables import Rows, fingerprint
-from ..run.unet import find_sizes, preset_shape
+from ..run.unet import (
+    find_sizes,
+    new_unet,
+    preset_shape,
+    start_white,
+    whitening,
+)
 from ..twins import Twins, exchange, invent_twin
 from .cache import Encoded, caption_ids
 from .clip import train_clip
@@ -34,14 +42,13 @@ from .loop import (
     EMA,
     Run,
     StepSampler,
-    as_it_is,
     learning_rate_at,
     optimise,
     step_generator,
     take_step,
 )
 from .loss import ALL_ROWS, DiffusionLoss, lean_to_noise, min_snr_weights
-from .unet import Validation, new_unet, start_white, train, whitening
+from .unet import train
 from .vae import (
     VAELoss,
     latent_noise,
@@ -51,3 +58,4 @@ from .vae import (
     start_certain,
     train_vae,
 )
+from .validation import Validation

@@ -1,6 +1,7 @@
-"""The frozen parts, once: latents and text states in files.
+"""The frozen parts, once: latents and text states in files (chapter 8).
 
-Generated from chapters/08_training.ipynb; do not edit.
+Each answer is kept under a key, a hash of all that it depends on, in a table that only
+grows (`sdbook.run.tables`). The folder's names hold a hash of the frozen weights.
 """
 
 import warnings
@@ -18,11 +19,9 @@ from ..clip import Tokenizer
 from ..images import short_name
 from ..run.tables import Rows, fingerprint
 
-__all__ = ["write_texts", "caption_ids", "warn_about_long", "write_moments", "Encoded"]
-
 
 @torch.no_grad()
-def write_texts(table: "Rows", texts, text_encoder, tokenizer, batch_size=256) -> None:
+def write_texts(table: Rows, texts, text_encoder, tokenizer, batch_size=256) -> None:
     """Add the states (tokens, d) of every text that the table lacks."""
     device, known = next(text_encoder.parameters()).device, table.numbers()
     keys = {short_name(text): text for text in texts}  # equal texts once, in order

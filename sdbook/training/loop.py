@@ -14,23 +14,25 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, Sampler
 
 from ..run.checkpoints import SettingsRecord, find_start, save_checkpoint
+from ..run.loading import step_loader
 from ..run.logs import Log, Meter, is_due, open_tracker, report
-from ..run.memory import keep_all, recompute_blocks
 from ..run.processes import (
     count_steps,
     make_accelerator,
     mean_of_all,
     pictures_per_step,
+    unwrap,
+    wrap,
 )
-from ..run.progress import StopNote, leave_signals_to_main, progress
+from ..run.progress import StopNote, progress
 from ..run.settings import RunConfig
 
 __all__ = [
     "step_generator", "StepSampler", "learning_rate_at", "EMA", "Run", "take_step",
-    "as_it_is", "step_loader", "optimise",
+    "optimise",
 ]
 
 
@@ -45,23 +47,26 @@ class StepSampler(Sampler):
 
     Every epoch is shuffled anew by (seed, epoch) alone, so step 700 sees the same
     pictures whether or not the run was stopped before it. `batch_size` counts the
-    pictures of a whole step. Process `rank` of `world` gets its share of them, as
-    `parts` lists, one after the other. Raises ValueError for a batch that does not
+    pictures of a whole step. Process `rank` of `world` gets its share of them, in
+    `micro_batches`, one after the other. Raises ValueError for a batch that does not
     split evenly.
     """
 
-    def __init__(self, size, batch_size, seed, first, last, rank=0, world=1, parts=1):
-        if batch_size % (world * parts):
+    def __init__(
+        self, size, batch_size, seed, first, last, rank=0, world=1, micro_batches=1
+    ):  # fmt: skip
+        if batch_size % (world * micro_batches):
             raise ValueError(
                 f"batch_size {batch_size} does not split over {world} processes with "
-                f"{parts} parts each; give a multiple of {world * parts}"
+                f"{micro_batches} micro-batches each; give a multiple of "
+                f"{world * micro_batches}"
             )
         self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.first, self.last, self.parts = first, last, parts
+        self.first, self.last, self.micro_batches = first, last, micro_batches
         self.rank, self.world = rank, world
 
     def __len__(self) -> int:
-        return max(0, self.last - self.first) * self.parts
+        return max(0, self.last - self.first) * self.micro_batches
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, order = -1, None
@@ -70,19 +75,17 @@ class StepSampler(Sampler):
             for place in range(step * self.batch_size, (step + 1) * self.batch_size):
                 if place // self.size != epoch:
                     epoch = place // self.size
-                    order = np.random.default_rng((self.seed, epoch)).permutation(
-                        self.size
-                    )
+                    chance = np.random.default_rng((self.seed, epoch))
+                    order = chance.permutation(self.size)
                 picks.append(int(order[place % self.size]))
-            for part in range(self.parts):
-                start = part * self.world + self.rank
-                yield picks[start :: self.world * self.parts]
+            for start in range(self.rank, self.world * self.micro_batches, self.world):
+                yield picks[start :: self.world * self.micro_batches]
 
 
 def learning_rate_at(step: int, config: RunConfig) -> float:
     """The factor on the learning rate: a line up, then what `lr_scheduler` says.
 
-    Counts optimiser steps, however many processes or parts make one.
+    Counts optimiser steps, however many processes or micro-batches make one.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
@@ -134,14 +137,11 @@ class Run:
         self.module = module.to(self.device, memory_format=torch.channels_last)
         self.ema = EMA(module, config.ema_decay) if config.ema_decay else None
         self.averaged = self.ema.shadow if self.ema else module
-        if getattr(config, "gradient_checkpointing", False):
-            recompute_blocks(module)
         optimiser = torch.optim.AdamW(
             module.parameters(), lr=config.learning_rate,
             weight_decay=config.weight_decay, fused=True,
         )  # fmt: skip
-        compiled = torch.compile(module) if config.compile else module
-        self.wrapped, self.optimiser = accelerator.prepare(compiled, optimiser)
+        self.wrapped, self.optimiser = wrap(accelerator, config, module, optimiser)
 
         self.meter = Meter()
         self.log = Log(Path(config.output_dir) / "log.jsonl", self.main)
@@ -166,13 +166,6 @@ class Run:
             folder = Path(self.config.output_dir) / "checkpoints"
             save_checkpoint(folder, step, self.stateful, self.config.keep_checkpoints)
 
-    def finish(self) -> nn.Module:
-        """Undo what training put around the module; the (averaged) weights."""
-        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-        keep_all(self.module)
-        self.accelerator.end_training()
-        return self.averaged
-
 
 def take_step(run: Run, step: int, loss_of: Callable, batches) -> None:
     """Move the weights once, by the mean gradient of `batches`.
@@ -180,17 +173,18 @@ def take_step(run: Run, step: int, loss_of: Callable, batches) -> None:
     A step whose loss or gradient is no number moves nothing and is counted.
     """
     config, measured = run.config, []
-    parts = config.gradient_accumulation_steps
+    count = config.gradient_accumulation_steps
     for group in run.optimiser.param_groups:
         group["lr"] = run.learning_rate(step)
-    for part, batch in enumerate(batches):
-        rows = slice(part * run.world + run.rank, None, parts * run.world)
+    for number, batch in enumerate(batches):
+        rows = slice(number * run.world + run.rank, None, count * run.world)
         generator = step_generator(config.seed, step, device=run.device)
-        alone = run.accelerator.no_sync(run.wrapped) if part < parts - 1 else None
-        with alone or nullcontext():
+        last = number == count - 1
+        alone = nullcontext() if last else run.accelerator.no_sync(run.wrapped)
+        with alone:
             with run.accelerator.autocast():
                 loss, numbers = loss_of(run.wrapped, batch, generator, rows)
-            run.accelerator.backward(loss / parts)
+            run.accelerator.backward(loss / count)
         measured.append({"loss": loss, **numbers})
     weights = run.wrapped.parameters()
     norm = run.accelerator.clip_grad_norm_(weights, config.max_grad_norm)
@@ -207,33 +201,6 @@ def take_step(run: Run, step: int, loss_of: Callable, batches) -> None:
         run.ema.update(run.module, step)
 
 
-def as_it_is(batch):
-    """The collation of a dataset that already gives whole batches."""
-    return batch
-
-
-def step_loader(run: Run, dataset: Dataset, collate=None) -> DataLoader:
-    """This process's batches, from the first step to the last."""
-    config, parts = run.config, run.config.gradient_accumulation_steps
-    workers = {"num_workers": config.num_workers}
-    workers["worker_init_fn"] = leave_signals_to_main
-    if hasattr(dataset, "steps"):  # a stream deals its pictures out itself
-        batches = dataset.steps(
-            config.batch_size, config.seed, run.first * parts,
-            config.max_steps * parts, run.rank, run.world,
-        )  # fmt: skip
-        collate = collate or default_collate
-        return DataLoader(batches, batch_size=None, collate_fn=collate, **workers)
-    sampler = StepSampler(
-        len(dataset), run.pictures, config.seed, run.first, config.max_steps,
-        run.rank, run.world, parts,
-    )  # fmt: skip
-    return DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collate,
-        persistent_workers=config.num_workers > 0, **workers,
-    )  # fmt: skip
-
-
 def optimise(
     config: RunConfig,
     module: nn.Module,
@@ -246,25 +213,30 @@ def optimise(
     """Train `module` for `config.max_steps` and return its (averaged) weights.
 
     `loss_of(module, batch, generator, rows)` gives the loss and numbers to log. All
-    chance in it comes from the generator, which is the same for all parts of a step:
+    chance in it comes from the generator, the same for all micro-batches of a step:
     `rows`, a slice, are the pictures of the step that this batch has.
     `validate(module)` gives numbers every `validate_every` steps, `sample(module)` a
     picture every `sample_every`; both get the averaged weights. Numbers go to
     `output_dir/log.jsonl`, checkpoints to `output_dir/checkpoints`. Ctrl-C writes one
     and raises KeyboardInterrupt.
     """
-    run = Run(config, module, len(dataset))
+    run, count = Run(config, module, len(dataset)), config.gradient_accumulation_steps
+    config = run.config
+    sampler = StepSampler(
+        len(dataset), run.pictures, config.seed, run.first, config.max_steps,
+        run.rank, run.world, count,
+    )  # fmt: skip
+    batches = iter(step_loader(dataset, sampler, collate, config.num_workers))
     with StopNote() as note:
-        batches = iter(step_loader(run, dataset, collate))
         for step in progress(run):
-            ours = islice(batches, config.gradient_accumulation_steps)
-            take_step(run, step, loss_of, ours)
+            take_step(run, step, loss_of, islice(batches, count))
             report(run, step + 1, validate, sample)
             stop = note.is_written(run.accelerator)
-            if stop or is_due(step + 1, config.checkpoint_every, run.config):
+            if stop or is_due(step + 1, config.checkpoint_every, config):
                 run.save(step + 1)
             if stop:
                 raise KeyboardInterrupt(
                     f"after step {step + 1}; the same command goes on from there"
                 )
-    return run.finish()
+    unwrap(run.accelerator, run.module, run.wrapped)
+    return run.averaged

@@ -65,8 +65,8 @@ class DiffusionLoss:
         """All that chance decides: x0, noise, timesteps, whose caption is dropped.
 
         It is drawn for the whole step, of whose pictures these are the `rows`, so that
-        the number of processes and parts changes nothing. The timesteps are spread
-        evenly over the step, one from each of its pieces.
+        the number of processes and micro-batches changes nothing. The timesteps are
+        spread evenly over the step, one from each of its pieces.
         """
         device, count = generator.device, len(moments) * rows.step
         posterior = DiagonalGaussian(moments)

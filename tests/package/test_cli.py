@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import sdbook
 from sdbook import StableDiffusion
-from sdbook.__main__ import COMMANDS, find, main, make_parser, read_flags
+from sdbook.__main__ import COMMANDS, find, main, read_flags
 from sdbook.data import Scenes, write_folder
 from sdbook.finetuning import (
     LoRA,
