@@ -19,11 +19,12 @@ TEN_BAD_STEPS = (
 
 
 def step_of(line: str) -> int:
-    """The step of a line of the log; -1 for one that was cut off by a power cut."""
+    """The step of a line of the log; -1 for one that is none, cut off or damaged."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
         return -1
+    return step if type(step) is int else -1
 
 
 class Log:

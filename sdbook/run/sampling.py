@@ -102,10 +102,9 @@ def sample(config: SamplingConfig) -> None:
     start = {"image": config.image_path, "mask": config.mask_path}
     start = {name: open_picture(path) for name, path in start.items() if path}
     pipe = open_model(config)
-    facts = facts_to_write(config, pipe)
     drawn, seeds = [], range(config.seed, config.seed + len(texts))
     for first, images in draw(config, pipe, texts, seeds, start):
-        facts |= {"height": images[0].height, "width": images[0].width}
+        facts = facts_to_write(config, pipe, images[0])
         if config.grid:
             drawn += images
             continue
@@ -242,9 +241,10 @@ def name_files(config: SamplingConfig, count: int) -> list[Path]:
     return files
 
 
-def facts_to_write(config: SamplingConfig, pipe) -> dict:
-    """What a picture's metadata say, apart from its size, its prompt and its seed."""
+def facts_to_write(config: SamplingConfig, pipe, picture) -> dict:
+    """What a picture's metadata say, apart from its prompt and its seed."""
     asked = {one.name: getattr(config, one.name) for one in fields(config)}
+    asked |= {"height": picture.height, "width": picture.width}
     asked["scheduler"] = type(pipe.scheduler).__name__
     unsaid = UNSAID if config.lora_path else UNSAID | {"lora_scale"}
     return {

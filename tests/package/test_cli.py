@@ -91,7 +91,7 @@ def refused(capsys, arguments) -> str:
         main([str(argument) for argument in arguments])
     said = capsys.readouterr().err.strip()
     aside = re.compile("warning|it/s")  # warnings, and the bar of a run that began
-    lines = [line for line in said.splitlines() if not aside.search(line)]
+    lines = [line for line in said.splitlines() if line and not aside.search(line)]
     assert exit_.value.code == 2, said
     assert len(lines) == 1 and "Traceback" not in said, said
     assert lines[0].startswith(f"sdbook {arguments[0]}: error: ")
@@ -541,7 +541,7 @@ def test_pictures_that_cannot_be_opened(model, capsys, tmp_path, monkeypatch):
     said = refused(capsys, bad_sample(model, "--tile_size", "4"))
     assert "4" in said and "pixels" in said
     said = refused(capsys, bad_sample(model, "--strength", "0.5"))
-    assert "strength without image" in said
+    assert "strength 0.5 without image_path" in said
 
 
 @pytest.mark.parametrize(
