@@ -6,32 +6,32 @@ Generated from chapters/C_folders_and_shards.ipynb; do not edit.
 import csv
 import hashlib
 import io
-import itertools
 import json
 import os
-import random
 import tarfile
 import textwrap
+import unicodedata
 import warnings
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
+from braceexpand import braceexpand
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Subset, get_worker_info
+from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
-from .files import write_atomically
+from .files import is_hub_id, write_atomically
 
 __all__ = [
-    "KEY_LENGTH", "to_pixels", "short_name", "my_share", "Stream", "CaptionedDataset",
-    "IMAGE_SUFFIXES", "find_captions", "to_rgb", "read_picture", "Cut",
-    "CaptionedImages", "remembered", "CaptionedShards", "labelled_grid",
+    "KEY_LENGTH", "to_pixels", "short_name", "CaptionedDataset", "IMAGE_SUFFIXES",
+    "Found", "find_captions", "to_rgb", "read_picture", "Cut", "CaptionedImages",
+    "remembered", "Packed", "index_shard", "find_in_shards", "CaptionedShards",
+    "find_in_rows", "CaptionedRows", "open_pictures", "labelled_grid",
 ]
 
 
@@ -53,31 +53,17 @@ def short_name(*facts) -> str:
     return digest.hexdigest()[:KEY_LENGTH]
 
 
-def my_share(items: list) -> list:
-    """Those of the items that this worker reads; all of them without workers."""
-    worker = get_worker_info()
-    return items[worker.id :: worker.num_workers] if worker else items
-
-
-class Stream(IterableDataset):
-    """What `rows(*arguments)` yields, asked anew in every worker."""
-
-    def __init__(self, rows: Callable[..., Iterator], *arguments):
-        self.rows, self.arguments = rows, arguments
-
-    def __iter__(self) -> Iterator:
-        return self.rows(*self.arguments)
-
-
 class CaptionedDataset(Dataset):
     """What training may ask of every dataset of captioned pictures.
 
     Items are `(pixels, caption)`: float32 (3, side, side) from -1 to 1, and a string.
-    `problems` lists what had to be left out.
+    `problems` lists what had to be left out. If it is `drawn`, `scene(i)` tells what
+    stands in picture i.
     """
 
     side: int
     problems: Sequence[str] = ()
+    drawn = False
 
     def read(self, index: int) -> Float[Tensor, "3 h w"] | None:
         """The pixels of an item; None if its picture cannot be read."""
@@ -104,21 +90,20 @@ class CaptionedDataset(Dataset):
         order = np.random.default_rng(0).permutation(len(self)).tolist()
         return sorted(order[count:]), Subset(self, order[:count])
 
-    def unread(self, wanted: dict[str, int]) -> Dataset:
-        """`(key, pixels)` of the items numbered in `wanted`; None if unreadable."""
-        return Stream(self.look_for, wanted)
+    def unread(self, wanted: list[tuple[str, int]]) -> list[tuple[str, Tensor | None]]:
+        """`(key, pixels)` of items given as (key, number); None if unreadable."""
+        return [(key, self.read(number)) for key, number in wanted]
 
-    def look_for(self, wanted: dict[str, int]) -> Iterator[tuple[str, Tensor | None]]:
-        """This worker's share of `unread`."""
-        for key, number in my_share(list(wanted.items())):
-            yield key, self.read(number)
+    def for_vae(self, seed: int = 0) -> "CaptionedDataset":
+        """What to train a VAE on, which reads no captions: here, the same."""
+        return self
 
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
-def _read_text(path: Path) -> str:
-    data = path.read_bytes()
+def _text_of(data: bytes, name: str | Path) -> str:
+    """What stands in a text file; ValueError, with the way out, if it is no UTF-8."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data:
         line, looks_like = 1, "UTF-16"
     else:
@@ -128,7 +113,7 @@ def _read_text(path: Path) -> str:
             line = data.count(b"\n", 0, error.start) + 1
             looks_like = "ISO-8859-1"  # Latin-1
     raise ValueError(
-        f"{path}:{line}: not UTF-8, it looks like {looks_like}; save it again as "
+        f"{name}:{line}: not UTF-8, it looks like {looks_like}; save it again as "
         f"UTF-8, for example with: iconv -f {looks_like} -t UTF-8 old.txt > new.txt"
     )
 
@@ -138,20 +123,46 @@ def _listed(lines: list[str], most: int = 20) -> str:
     return "".join(f"\n  {line}" for line in lines[:most] + more)
 
 
-def _raise_broken(path: Path, broken: list[str]) -> None:
-    """One error for all that is broken, so that it can be mended in one go."""
-    if broken:
-        raise ValueError(f"{len(broken)} broken in {path}:{_listed(broken)}")
+class Found:
+    """What a search has found: `pairs` of picture and caption, `problems`, `broken`."""
+
+    def __init__(self):
+        self.pairs, self.problems, self.broken = [], [], []
+
+    def add(self, picture: os.PathLike, caption: str, where: str | Path) -> None:
+        """Keep a pair, the caption on one line, unless it is empty."""
+        if caption.strip():
+            self.pairs.append((picture, " ".join(caption.split())))
+        else:
+            self.problems.append(f"{where}: the caption is empty")
+
+    def add_text(self, picture: os.PathLike, text: bytes, where: str | Path) -> None:
+        """The same for the bytes of a text file."""
+        try:
+            self.add(picture, _text_of(text, where), where)
+        except ValueError as error:
+            self.broken.append(str(error))
+
+    def check(self, path: str | Path, hint: str = "") -> tuple[list, list[str]]:
+        """Pairs and problems; one error for all that is broken, or without a pair."""
+        if self.broken:
+            count, listed = len(self.broken), _listed(self.broken)
+            raise ValueError(f"{count} broken in {path}:{listed}")
+        if not self.pairs:
+            listed = _listed(self.problems)
+            raise ValueError(f"{path} holds no picture with a caption{hint}{listed}")
+        return self.pairs, self.problems
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, dict | str]]:
+def _csv_rows(path: Path, columns: list[str]) -> Iterator[tuple[str, dict | str]]:
     """Yield (where, row) or (where, what is wrong) for every line of a table."""
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
+    text = io.StringIO(_text_of(path.read_bytes(), path), newline="")
+    reader = csv.DictReader(text, strict=True)
     try:
-        columns = [name for name in reader.fieldnames or [] if name]
-        if "file_name" not in columns or not {"caption", "text"} & set(columns):
-            wrong = f"needs columns file_name and caption (or text), has {columns}"
-            yield f"{path}:1", wrong
+        names = [name for name in reader.fieldnames or [] if name]
+        if columns[0] not in names or not {*columns[1:]} & {*names}:
+            needed = f"{columns[0]} and {' or '.join(columns[1:])}"
+            yield f"{path}:1", f"needs columns {needed}, has {names}"
             return
         for row in reader:
             wrong = "more cells than columns; put captions with commas in quotes"
@@ -160,108 +171,141 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict | str]]:
         yield f"{path}:{reader.line_num + 1}", str(error)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, dict | str]]:
+def _json_rows(path: Path, columns: list[str]) -> Iterator[tuple[str, dict | str]]:
     """The same for JSON lines."""
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    lines = _text_of(path.read_bytes(), path).split("\n")
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            row = f"not JSON: {error.msg}"
+        except (ValueError, RecursionError) as error:
+            row = f"not JSON: {getattr(error, 'msg', error)}"
         if not isinstance(row, dict | str) or line.lstrip()[0] == '"':
             row = f"not a JSON object: {line[:60]}"
         yield f"{path}:{number}", row
 
 
-def _read_table(path: Path) -> list[tuple[str, str, str]]:
-    """List (where, file name, caption) for every row of metadata.csv or .jsonl."""
-    entries, broken = [], []
-    for where, row in (_csv_rows if path.suffix == ".csv" else _json_rows)(path):
-        if isinstance(row, str):
-            broken.append(f"{where}: {row}")
-            continue
-        name = row.get("file_name")
-        said = [row[key] for key in ("caption", "text") if row.get(key) is not None]
-        if not name or not said or not all(isinstance(v, str) for v in (name, *said)):
-            broken.append(f"{where}: needs file_name and caption (or text), has {row}")
-            continue
-        place = PureWindowsPath(name)  # knows both kinds of slash
-        if place.anchor or ".." in place.parts:
-            broken.append(f"{where}: {name} leaves the folder; move it inside")
-            continue
-        entries.append((where, name, next(filter(str.strip, said), "")))
-    _raise_broken(path, broken)
-    return entries
+def _read_row(row: dict | str, columns: list[str]) -> tuple[str, str]:
+    """(file name, caption) of a row; ValueError says what is wrong with it."""
+    if isinstance(row, str):
+        raise ValueError(row)
+    name, *said = (row.get(column) for column in columns)
+    said = [text for text in said if text is not None]
+    if not name or not said or not all(isinstance(v, str) for v in (name, *said)):
+        needed = f"{columns[0]} and {' or '.join(columns[1:])}"
+        raise ValueError(f"needs {needed}, has {row}")
+    place = PureWindowsPath(name)  # knows both kinds of slash
+    if place.anchor or ".." in place.parts:
+        raise ValueError(f"{name} leaves the folder; move it inside")
+    if any("\ud800" <= sign <= "\udfff" for sign in "".join((name, *said))):
+        raise ValueError(f"half a character (\\ud800 to \\udfff) in {row}")
+    return name, next(filter(str.strip, said), "")
 
 
-def _from_table(path: Path, table: Path) -> tuple[list[tuple[Path, str]], list[str]]:
-    pairs, problems, named = [], [], set()
-    pictures = _files(path, IMAGE_SUFFIXES)
-    there = set(pictures)
-    for where, name, caption in _read_table(table):
-        name = name if name in there else Path(name).as_posix()  # ./a//b.png: a/b.png
-        named.add(name)
-        if name not in there and not (path / name).is_file():
-            problems.append(f"{where}: no picture {name}")
-        elif not caption.strip():
-            problems.append(f"{where}: the caption of {name} is empty")
-        else:
-            pairs.append((path / name, caption))
-    strangers = [path / name for name in pictures if name not in named]
-    return pairs, problems + [f"{file}: no caption" for file in strangers]
+def _files(
+    folder: Path, kinds: set[str], leave_out: Collection[Path], problems: list[str]
+) -> list[str]:
+    """Names of files with such endings, in order; hidden ones are not meant for us.
 
-
-def _files(folder: Path, suffixes: set[str]) -> list[str]:
-    """Names of files with such endings, in order; hidden ones are not meant for us."""
-    names = []
-    for place, _, files in os.walk(folder):
-        inside = (Path(place).relative_to(folder).as_posix() + "/").removeprefix("./")
-        names += [
-            inside + name
-            for name in files
-            if os.path.splitext(name)[1].lower() in suffixes and name[0] != "."
-        ]
+    Nor are the folders to `leave_out`, which is said. What cannot be read as a file,
+    or would lead out of the folder, becomes one of the `problems`.
+    """
+    names, places, home = [], [""], folder.resolve()
+    for inside in places:  # which grow as we go
+        for entry in os.scandir(folder / inside):
+            name, file = inside + entry.name, folder / inside / entry.name
+            if entry.name[0] == ".":
+                continue
+            if not entry.is_dir():
+                if os.path.splitext(entry.name)[1].lower() not in kinds:
+                    continue
+                if entry.is_file():
+                    names.append(name)
+                else:
+                    problems.append(f"{file}: a link to nothing, or no file at all")
+            elif home / name in leave_out:
+                warnings.warn(f"{file} is where runs write: left out", stacklevel=2)
+            elif entry.is_symlink():
+                problems.append(f"{file}: a link to a folder; move that here")
+            else:
+                places.append(name + "/")
     return sorted(names)
 
 
-def _from_texts(path: Path) -> tuple[list[tuple[Path, str]], list[str]]:
+def _one_form(name: str) -> str:
+    """A name with / for \\, and each é as one character, as it is typed."""
+    return unicodedata.normalize("NFC", PureWindowsPath(name).as_posix())
+
+
+def _from_table(path: Path, table: Path, columns: list[str], leave_out) -> Found:
+    found, named = Found(), set()
+    pictures = _files(path, IMAGE_SUFFIXES, leave_out, found.problems)
+    there = {_one_form(name): name for name in pictures}
+    there |= {name: name for name in pictures}
+    rows = _csv_rows if table.suffix == ".csv" else _json_rows
+    for where, row in rows(table, columns):
+        try:
+            name, caption = _read_row(row, columns)
+        except ValueError as error:
+            found.broken.append(f"{where}: {error}")
+            continue
+        form = _one_form(name)
+        other = next((n for n in (name, form) if (path / n).is_file()), None)
+        file = there.get(name) or there.get(form) or other
+        named.add(file)
+        if file:
+            found.add(path / file, caption, f"{where}: {name}")
+        else:
+            found.problems.append(f"{where}: no picture {name}")
+    strangers = [name for name in pictures if name not in named]
+    found.problems += [f"{path / name}: no caption" for name in strangers]
+    return found
+
+
+def _by_stem(folder: Path, names: list[str], kinds: set[str], problems: list[str]):
+    """{name without its ending: name} for files with such endings."""
+    found = {}
+    for name in names:
+        stem, ending = os.path.splitext(name)
+        if ending.lower() in kinds and found.setdefault(stem, name) != name:
+            first = os.path.basename(found[stem])
+            problems.append(f"{folder / name}: same name as {first}; rename one")
+    return found
+
+
+def _from_texts(path: Path, leave_out: Collection[Path]) -> Found:
     images = path / "images" if (path / "images").is_dir() else path
     texts = path / "captions" if (path / "captions").is_dir() else images
-    pairs, problems, broken, pictures = [], [], [], {}
-    captions = {os.path.splitext(name)[0]: name for name in _files(texts, {".txt"})}
-    for name in _files(images, IMAGE_SUFFIXES):
-        key = os.path.splitext(name)[0]
-        if key in pictures:
-            first = os.path.basename(pictures[key])
-            problems.append(f"{images / name}: same name as {first}; rename one")
-            continue
-        pictures[key] = name
-        if key not in captions:
-            problems.append(f"{images / name}: no caption")
-            continue
-        file = texts / captions[key]
-        try:
-            caption = _read_text(file)
-        except ValueError as error:
-            broken.append(str(error))
-            continue
-        if caption.strip():
-            pairs.append((images / name, caption))
+    found, kinds = Found(), IMAGE_SUFFIXES | {".txt"}
+    names = {place: _files(place, kinds, leave_out, found.problems)
+             for place in dict.fromkeys((images, texts))}  # fmt: skip
+    pictures = _by_stem(images, names[images], IMAGE_SUFFIXES, found.problems)
+    captions = _by_stem(texts, names[texts], {".txt"}, found.problems)
+    spare = {_one_form(stem): stem for stem in captions if stem not in pictures}
+    for stem, name in pictures.items():
+        key = stem if stem in captions else spare.pop(_one_form(stem), None)
+        if key is None:
+            found.problems.append(f"{images / name}: no caption")
         else:
-            problems.append(f"{file}: the caption is empty")
-    alone = [texts / name for key, name in captions.items() if key not in pictures]
-    _raise_broken(path, broken)
-    return pairs, problems + [f"{file}: no picture" for file in alone]
+            file = texts / captions.pop(key)
+            found.add_text(images / name, file.read_bytes(), file)
+    found.problems += [f"{texts / name}: no picture" for name in captions.values()]
+    return found
 
 
-def find_captions(path: Path) -> tuple[list[tuple[Path, str]], list[str]]:
+def find_captions(
+    path: Path, image_column: str | None = None, caption_column: str | None = None,
+    leave_out: Collection[Path] = (),
+) -> tuple[list[tuple[Path, str]], list[str]]:  # fmt: skip
     """List a folder's (picture, caption) pairs, and what has no partner.
 
-    Reads metadata.csv or metadata.jsonl when there is one, else `images/` with
-    `captions/*.txt`, else pictures with a .txt of the same name beside them.
-    Raises `FileNotFoundError` without the folder, `ValueError` for one with nothing
-    usable and for anything broken, naming file and line.
+    Reads metadata.csv or metadata.jsonl when there is one (columns file_name and
+    caption or text, unless others are named), else `images/` with `captions/*.txt`,
+    else pictures with a .txt of the same name beside them. Folders that are hidden,
+    or to `leave_out`, are not read. Raises `FileNotFoundError` without the folder,
+    `ValueError` for one with nothing usable and for anything broken, naming file and
+    line.
     """
     if not path.is_dir():
         raise FileNotFoundError(
@@ -272,28 +316,32 @@ def find_captions(path: Path) -> tuple[list[tuple[Path, str]], list[str]]:
     tables = [table for table in tables if table.is_file()]
     if len(tables) == 2:
         raise ValueError(f"{path} has metadata.csv and metadata.jsonl; keep one")
-    pairs, problems = _from_table(path, tables[0]) if tables else _from_texts(path)
-    if not pairs:
-        raise ValueError(
-            f"{path} holds no picture with a caption; expected images/ and "
-            "captions/*.txt, pictures with a .txt of the same name beside them, or "
-            f"metadata.csv or .jsonl with file_name and caption{_listed(problems)}"
-        )
-    return [(file, " ".join(text.split())) for file, text in pairs], problems
+    columns = [image_column or "file_name"]
+    columns += [caption_column] if caption_column else ["caption", "text"]
+    if tables:
+        found = _from_table(path, tables[0], columns, leave_out)
+    else:
+        found = _from_texts(path, leave_out)
+    other = [] if found.pairs else [*path.rglob("metadata.*"), *path.glob("*.tar")]
+    other = f" (but there is {min(other)}: give its place)" if other else ""
+    return found.check(
+        path, f"{other}; expected images/ and captions/*.txt, pictures with a .txt of "
+        f"the same name beside them, or metadata.csv or .jsonl with {columns}",
+    )  # fmt: skip
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Any Pillow picture as RGB with 8 bits, transparency over white.
 
-    Raises `ValueError` for pixels without a known range (32 bits, floats).
+    Floats count from 0 to 1, integers of 16 or 32 bits from 0 to 65,535. Raises
+    `ValueError` for pixels beyond that.
     """
-    if picture.mode.startswith("I"):  # 16-bit grey; convert would clip it to white
-        values = np.asarray(picture).astype(np.int64)
-        if values.min() < 0 or values.max() > 65_535:
-            raise ValueError("32-bit pixels have no known range; save it with 8 bits")
-        picture = Image.fromarray((values / 257).round().astype(np.uint8))
-    if picture.mode == "F":
-        raise ValueError("float pixels have no known range; save it with 8 bits")
+    if picture.mode[0] in "IF":  # convert would clip them to black or white
+        values, top = np.asarray(picture), 1 if picture.mode == "F" else 65_535
+        if not 0 <= values.min() <= values.max() <= top:
+            raise ValueError(f"pixels beyond 0 to {top:,}; save it with 8 bits")
+        values = values.astype(np.float32) / (top / 255)
+        picture = Image.fromarray(values.round().astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
@@ -301,13 +349,21 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def read_picture(file: Path | io.BytesIO, name: str = "") -> Image.Image:
+def read_picture(file: Path | io.BufferedIOBase, name: str = "") -> Image.Image:
     """Read a picture file upright, as RGB; of an animation, the first frame.
 
-    Raises `ValueError` with the file's name (or `name`) if it cannot be read.
+    Raises `ValueError` with the file's name (or `name`) if it cannot be read, or has
+    more pixels than Pillow's `Image.MAX_IMAGE_PIXELS`, 89 million.
     """
     try:
+        if isinstance(file, str | Path) and not Path(file).is_file():
+            raise ValueError("no such file, or a pipe or a device")
         with Image.open(file) as opened:
+            (width, height), most = opened.size, Image.MAX_IMAGE_PIXELS
+            if most and width * height > most:
+                raise ValueError(f"{width} × {height} pixels; make it smaller")
+            if opened.format == "EPS":
+                raise ValueError("PostScript, which is a program; save it as PNG")
             return to_rgb(ImageOps.exif_transpose(opened))
     except Exception as error:  # Pillow's decoders raise many kinds
         raise ValueError(
@@ -344,7 +400,8 @@ class Cut:
         crop, mirrored = divmod(look, 1 + self.flip)
         if self.crops == 0:
             return 0.5, bool(mirrored)
-        rng = np.random.default_rng((self.seed, crop, *name.encode()))
+        letters = name.encode(errors="surrogateescape")  # of any file system
+        rng = np.random.default_rng((self.seed, crop, *letters))
         return float(rng.random()), bool(mirrored)
 
     def __call__(
@@ -363,19 +420,6 @@ class Cut:
         return short_name(content, self.size, *self.place(name, look))
 
 
-def _checked(on_error: str) -> str:
-    if on_error not in ("skip", "raise"):
-        raise ValueError(f"on_error {on_error!r} is neither 'skip' nor 'raise'")
-    return on_error
-
-
-def _report(problem: str, on_error: str) -> None:
-    """Warn of what is left out, or refuse it."""
-    if on_error == "raise":
-        raise ValueError(problem)
-    warnings.warn(problem, stacklevel=4)
-
-
 class CaptionedImages(CaptionedDataset):
     """Pictures with captions from a folder, each cut to a square (`Cut`).
 
@@ -390,16 +434,31 @@ class CaptionedImages(CaptionedDataset):
     def __init__(
         self, path: str | Path, image_size: int = 64, flip: bool = False,
         on_error: str = "skip", crops: int = 0, seed: int = 0,
+        image_column: str | None = None, caption_column: str | None = None,
+        leave_out: Collection[Path] = (),
     ):  # fmt: skip
-        self.path, self.on_error = Path(path), _checked(on_error)
+        if on_error not in ("skip", "raise"):
+            raise ValueError(f"on_error {on_error!r} is neither 'skip' nor 'raise'")
+        self.path, self.on_error = Path(path).expanduser(), on_error
         self.cut, self.side = Cut(image_size, crops, flip, seed), image_size
-        self.pairs, self.problems = find_captions(self.path)
+        self.columns, self.leave_out = (image_column, caption_column), leave_out
+        self.pairs, self.problems = self.find()
         # Shared by all workers, so that each unreadable picture is reported once.
         flags = torch.zeros(len(self.pairs), dtype=torch.bool)
         self.unreadable = flags.share_memory_()
         if self.problems:
             count, shown = len(self.problems), _listed(self.problems)
-            _report(f"{count} left out in {path}:{shown}", on_error)
+            self.report(f"{count} left out in {path}:{shown}")
+
+    def find(self) -> tuple[list, list[str]]:
+        """Pairs of picture file and caption, and what has to be left out."""
+        return find_captions(self.path, *self.columns, self.leave_out)
+
+    def report(self, problem: str) -> None:
+        """Warn of what is left out, or refuse it."""
+        if self.on_error == "raise":
+            raise ValueError(problem)
+        warnings.warn(problem, stacklevel=4)
 
     def __len__(self) -> int:
         return len(self.pairs) * self.cut.looks
@@ -413,11 +472,13 @@ class CaptionedImages(CaptionedDataset):
         look, number = divmod(index, len(self.pairs))
         if self.unreadable[number]:
             return None
+        file = self.pairs[number][0]
         try:
-            picture = read_picture(self.pairs[number][0])
-        except ValueError as error:
+            with file.open("rb") as data:
+                picture = read_picture(data, str(file))
+        except (OSError, ValueError) as error:
             self.unreadable[number] = True
-            return _report(str(error), self.on_error)
+            return self.report(str(error))
         return self.cut(picture, self.name(number), look)
 
     def __getitem__(self, index: int) -> tuple[Float[Tensor, "3 h w"], str]:
@@ -449,10 +510,13 @@ class CaptionedImages(CaptionedDataset):
 
 def remembered(notes: Path, files: list, read: Callable) -> list:
     """`read(file)` of every file; as noted, where size and date are those noted."""
-    known = json.loads(notes.read_text()) if notes.exists() else {}
+    try:
+        known = dict(json.loads(notes.read_text()))
+    except (OSError, ValueError, TypeError):  # none, or damaged ones
+        known = {}
     found = []
     for file in tqdm(files, desc="files"):
-        facts, name = os.stat(file), os.path.abspath(file)
+        facts, name = file.stat(), os.path.abspath(file)
         stamp = [facts.st_size, facts.st_mtime_ns]
         if name not in known or known[name][0] != stamp:
             known[name] = [stamp, read(file)]
@@ -461,181 +525,174 @@ def remembered(notes: Path, files: list, read: Callable) -> list:
     return found
 
 
-def _tar_samples(shards: list[str]) -> Iterator[dict]:
-    """What stands in .tar files, in order: {"__key__": …, "png": …, "txt": …}."""
-    import webdataset  # here: who reads folders does not need it
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A picture file inside a larger file, asked and opened like a `Path`."""
 
-    for shard in shards:
-        try:
-            yield from webdataset.tarfile_to_samples()([{"url": shard}])
-        except (tarfile.TarError, OSError, EOFError) as error:
-            reason = error.args[0] if error.args else error
-            raise ValueError(
-                f"cannot read the shard {shard} ({reason}); copy it again, or leave "
-                "it out"
-            ) from error
+    holder: Path
+    name: str
+    read: Callable  # called with `where`, it gives the bytes
+    where: tuple
+
+    def read_bytes(self) -> bytes:
+        return self.read(*self.where)
+
+    def open(self, mode: str = "rb") -> io.BytesIO:
+        return io.BytesIO(self.read_bytes())
+
+    def stat(self) -> os.stat_result:
+        return self.holder.stat()
+
+    def relative_to(self, folder: Path) -> "Packed":
+        return self  # the name is the same wherever the larger file lies
+
+    def as_posix(self) -> str:
+        return f"{self.holder.name}/{self.name}"
+
+    def __fspath__(self) -> str:
+        return f"{self.holder}/{self.name}"
+
+    __str__ = __fspath__
 
 
-def _shard_files(pattern: str | Path) -> list[str]:
-    """The shards that a pattern such as pets/{0000..0099}.tar names."""
-    from webdataset.shardlists import expand_urls
+def _piece(path: Path, start: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(size)
 
-    shards = expand_urls(str(pattern))
-    local = [shard for shard in shards if "://" not in shard]
-    missing = [shard for shard in local if not Path(shard).is_file()]
+
+def _is_hidden(folders: list[str]) -> bool:
+    return any(part[:1] == "." and part not in (".", "..") for part in folders)
+
+
+def index_shard(path: Path, problems: list[str]) -> dict[str, dict[str, tuple]]:
+    """{key: {ending: (path, start, size)}} of the files in a .tar.
+
+    Only headers are read. As WebDataset has it, a key ends at the first dot of a
+    file's name. Raises `ValueError` for a shard that is torn.
+    """
+    samples = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for entry in filter(tarfile.TarInfo.isreg, tar):
+                *folders, file = entry.name.split("/")
+                stem, _, ending = file.partition(".")
+                if not stem or _is_hidden(folders):
+                    continue
+                sample = samples.setdefault("/".join([*folders, stem]), {})
+                place = path, entry.offset_data, entry.size
+                if sample.setdefault(ending.lower(), place) != place:
+                    name = f"{path.name}/{entry.name}"
+                    problems.append(f"{name}: two of this name; the first counts")
+            if _piece(path, tar.offset, 512).strip(b"\0"):  # tarfile stops at damage
+                raise tarfile.ReadError(f"damaged at byte {tar.offset:,}")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise ValueError(
+            f"cannot read the shard {path} ({error}); copy it again, or leave it out"
+        ) from error
+    return samples
+
+
+def _picture_and_caption(sample: dict[str, tuple]) -> tuple[str, str]:
+    """The endings of a sample's picture and caption; "" for what it has not."""
+    kinds = [kind for kind in sample if f".{kind.split('.')[-1]}" in IMAGE_SUFFIXES]
+    kind = min(kinds, key=lambda kind: kind.count("."), default="")
+    own = ".".join([*kind.split(".")[:-1], "txt"])  # v1.jpg: v1.txt, or else txt
+    return kind, next((words for words in (own, "txt") if words in sample), "")
+
+
+def find_in_shards(pattern: str) -> tuple[list[tuple[Packed, str]], list[str]]:
+    """As `find_captions`, in the .tar files that pets/{0000..0099}.tar names."""
+    found, shards = Found(), [Path(name) for name in braceexpand(pattern)]
+    missing = [str(shard) for shard in shards if not shard.is_file()]
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(shards)} shards are not there:{_listed(missing)}"
         )
-    return shards
+    for shard in shards:
+        for key, sample in index_shard(shard, found.problems).items():
+            name, (kind, words) = f"{shard.name}/{key}", _picture_and_caption(sample)
+            if kind and words:
+                picture = Packed(shard, key, _piece, sample[kind])
+                found.add_text(picture, _piece(*sample[words]), f"{name}.{words}")
+            else:
+                lacks = "caption (.txt)" if kind else "picture"
+                has = ", ".join(sample)
+                found.problems.append(f"{name}: no {lacks}; it has {has}")
+    return found.check(pattern)
 
 
-class CaptionedShards(CaptionedDataset, IterableDataset):
-    """Pictures with captions, streamed from the .tar files of a WebDataset.
+class CaptionedShards(CaptionedImages):
+    """Pictures with captions from the .tar files of a WebDataset.
 
-    `shards` names the files, as in "pets/{0000..0099}.tar". Items are as of
-    `CaptionedImages`, every look once, in order. What cannot be used is reported.
-    For a training: `steps`. Raises `FileNotFoundError`, or `ValueError` if torn.
+    `path` names the files, as in "pets/{0000..0099}.tar". The rest is as of
+    `CaptionedImages`. Raises `ValueError` for a shard that is torn, too.
     """
 
-    def __init__(
-        self, shards: str | Path, image_size: int = 64, flip: bool = False,
-        on_error: str = "skip", crops: int = 0, seed: int = 0,
-    ):  # fmt: skip
-        self.shards, self.on_error = _shard_files(shards), _checked(on_error)
-        self.cut, self.side = Cut(image_size, crops, flip, seed), image_size
-        self.said = None
+    def find(self) -> tuple[list, list[str]]:
+        return find_in_shards(self.path.as_posix())
 
-    def __len__(self) -> int:
-        """Looks at complete samples; the first time, all shards are read for it."""
-        return len(self.captions())
 
-    def __iter__(self) -> Iterator[tuple[Float[Tensor, "3 h w"], str]]:
-        for look in range(self.cut.looks):
-            for name, data, caption in self.samples(my_share(self.shards)):
-                pixels = self.decode(name, data, look)
-                if pixels is not None:
-                    yield pixels, caption
+def _row_bytes(path: str, rows, number: int, column: str) -> bytes:
+    picture = rows[number][column]
+    if picture is None:
+        raise ValueError(f"{path}: row {number} holds no picture; remove it")
+    return picture["bytes"] or Path(picture["path"]).read_bytes()
 
-    def samples(
-        self, shards: list[str], shuffle: random.Random | None = None
-    ) -> Iterator[tuple[str, bytes, str]]:
-        """(name, picture file, caption) of what is complete; `shuffle` stirs."""
-        stream = _tar_samples(shards)
-        if shuffle:
-            from webdataset import shuffle as stir
 
-            stream = stir(1000, rng=shuffle)(stream)
-        for sample in stream:
-            name = f"{Path(sample['__url__']).name}/{sample['__key__']}"
-            kinds = [kind for kind in sample if f".{kind}" in IMAGE_SUFFIXES]
-            caption = sample.get("txt", b"").decode("utf-8", "replace").split()
-            if kinds and caption:
-                yield name, sample[kinds[0]], " ".join(caption)
-            else:
-                lacks = "caption (.txt)" if kinds else "picture"
-                _report(f"{name}: no {lacks}; left out", self.on_error)
+def find_in_rows(path: str, image: str | None = None, words: str | None = None):
+    """As `find_captions`, in .parquet files, a folder of them, or a set on the hub.
 
-    def decode(
-        self, name: str, data: bytes, look: int
-    ) -> Float[Tensor, "3 h w"] | None:
-        """The pixels of a look at a sample; None if its picture cannot be read."""
-        try:
-            return self.cut(read_picture(io.BytesIO(data), name), name, look)
-        except ValueError as error:
-            _report(str(error), self.on_error)
+    Reads the split "train", with the library `datasets`; `image` and `words` name
+    the columns. Of a list of captions the first counts.
+    """
+    try:
+        from datasets import Image as Pictures
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(f"{path} needs a library; pip install datasets") from None
+    files = {"data_files": path} if path.endswith(".parquet") else {}
+    try:
+        rows = load_dataset("parquet" if files else path, split="train", **files)
+        words = words or ("caption" if "caption" in rows.column_names else "text")
+        rows = rows.select_columns([image := image or "image", words])
+        rows = rows.cast_column(image, Pictures(decode=False))
+    except Exception as error:  # the network, the hub, files, columns
+        raise ValueError(
+            f"cannot read {path} as a data set ({error}); give a folder, .tar or "
+            ".parquet files, or an id of the hub; image_column and caption_column "
+            "name its columns"
+        ) from error
+    found, holder = Found(), Path(rows.cache_files[0]["filename"])
+    for number, said in enumerate(rows[words]):
+        said = said[0] if said and isinstance(said, list) else said
+        file = Packed(holder, f"{number:08}", _row_bytes, (path, rows, number, image))
+        found.add(file, said or "", f"{path}: row {number}")
+    return found.check(path)
 
-    def captions(self) -> list[str]:
-        """The caption of every look; the first time, all shards are read for it."""
-        if self.said is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # reading pictures will say the same
-                self.said = [caption for *_, caption in self.samples(self.shards)]
-        return self.said * self.cut.looks
 
-    def keys(self, notes: Path) -> list[str]:
-        """The keys that the same pictures would have in a folder.
+class CaptionedRows(CaptionedImages):
+    """Pictures with captions from a data set in Hugging Face's form.
 
-        `notes/shards.json` remembers the shards by size and date.
-        """
+    `path` is a .parquet file (or several, with *), a folder of them, or an id of the
+    hub. The rest is as of `CaptionedImages`; `image_column` is "image" unless given.
+    """
 
-        shards = remembered(notes / "shards.json", self.shards, lambda shard: [
-            (short_name(data), name, caption)
-            for name, data, caption in self.samples([shard])
-        ])  # fmt: skip
-        found = [sample for shard in shards for sample in shard]
-        looks = range(self.cut.looks)
-        return [self.cut.key(*one, look) for look in looks for *one, _ in found]
+    def find(self) -> tuple[list, list[str]]:
+        return find_in_rows(self.path.as_posix(), *self.columns)
 
-    def held_out(self, count: int) -> tuple[list[int], Dataset]:
-        """All numbers and nothing: no item of a stream can be kept out of it."""
-        return list(range(len(self))), Subset(self, [])
 
-    def look_for(self, wanted: dict[str, int]) -> Iterator[tuple[str, Tensor | None]]:
-        """What this worker's shards hold of the wanted looks."""
-        for name, data, _ in self.samples(my_share(self.shards)):
-            content = short_name(data)
-            for look in range(self.cut.looks):
-                key = self.cut.key(content, name, look)
-                if key in wanted:
-                    yield key, self.decode(name, data, look)
-
-    def row(
-        self, seed: int, reader: int, readers: int
-    ) -> Iterator[tuple[str, bytes, str, int]]:
-        """One reader's endless row of (name, picture file, caption, look)."""
-        shards = self.shards
-        if len(shards) < readers:
-            raise ValueError(
-                f"{len(shards)} shards for {readers} readers (processes × workers); "
-                "write more and smaller shards, or lower num_workers"
-            )
-        for epoch in itertools.count():
-            order = np.random.default_rng((seed, epoch)).permutation(len(shards))
-            mine = [shards[i] for i in order[reader::readers]]
-            stir = random.Random(f"{seed} {epoch} {reader}")
-            for name, data, caption in self.samples(mine, stir):
-                look = (epoch + zlib.crc32(name.encode())) % self.cut.looks
-                yield name, data, caption, look
-
-    def steps(
-        self, batch_size: int, seed: int, first: int, last: int, rank: int = 0,
-        world: int = 1,
-    ) -> Dataset:  # fmt: skip
-        """The batches of steps `first` to `last`, each a list of items.
-
-        `batch_size` counts the pictures of this process, `rank` of `world`. Shuffled by
-        (seed, epoch); going on at `first` gives what an uninterrupted run would have
-        seen there, with as many workers. For `DataLoader(…, batch_size=None)`. Raises
-        `ValueError` there if there are fewer shards than readers.
-        """
-        return Stream(self.batches, batch_size, seed, first, last, rank, world)
-
-    def batches(
-        self, batch_size: int, seed: int, first: int, last: int, rank: int,
-        world: int,
-    ) -> Iterator[list[tuple[Float[Tensor, "3 h w"], str]]]:  # fmt: skip
-        """Those of the batches of `steps` that this worker makes."""
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        turn = (first + worker) % workers  # step s belongs to s % workers
-        row = self.row(seed, rank * workers + turn, world * workers)
-        past = len(range(turn, first, workers)) * batch_size
-        row = itertools.islice(row, past, None)
-        for _ in range(first + worker, last, workers):
-            yield self.decode_batch(list(itertools.islice(row, batch_size)))
-
-    def decode_batch(self, batch: list) -> list[tuple[Float[Tensor, "3 h w"], str]]:
-        """A batch's items; others of it stand in for what cannot be read."""
-        items = [
-            (self.decode(name, data, look), caption)
-            for name, data, caption, look in batch
-        ]
-        good = [item for item in items if item[0] is not None]
-        if not good:
-            ends = f"{batch[0][0]} to {batch[-1][0]}"
-            raise ValueError(f"no picture of a batch, {ends}, can be read")
-        return [good[i % len(good)] if x[0] is None else x for i, x in enumerate(items)]
+def open_pictures(path: str, *how, **options) -> CaptionedImages:
+    """The pictures of a folder, of .tar or .parquet files, or of a set on the hub."""
+    folder, kind = Path(path).expanduser(), CaptionedImages
+    inside = [*folder.glob("*.parquet"), *folder.glob("data/*.parquet")]
+    if path.endswith(".tar"):
+        kind = CaptionedShards
+    elif path.endswith(".parquet") or is_hub_id(path):
+        kind = CaptionedRows
+    elif inside and not _files(folder, IMAGE_SUFFIXES, (), []):
+        kind = CaptionedRows
+    return kind(path, *how, **options)
 
 
 def labelled_grid(

@@ -425,7 +425,7 @@ class Scenes(CaptionedDataset):
     (not in "held_out") come as often as `KINDS` says, or twice as often if named twice.
     """
 
-    is_drawn = True
+    drawn = True
 
     def __init__(
         self, size: int = 64, split: str = "train", seed: int = 0,
@@ -484,6 +484,10 @@ class Scenes(CaptionedDataset):
         held = Scenes(self.side, "validation", self.seed, min(count, self.length))
         held.odds = self.odds
         return list(range(self.length)), held
+
+    def for_vae(self, seed: int = 0) -> "CrowdedScenes":
+        """As many pictures, in which there is more to see."""
+        return CrowdedScenes(self.side, seed, self.length)
 
 
 class CrowdedScenes(Scenes):

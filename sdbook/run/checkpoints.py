@@ -20,7 +20,7 @@ def save_checkpoint(folder: Path, step: int, stateful: dict, keep: int = 1) -> P
     Older ones beyond `keep` are removed afterwards. Raises OSError, naming the last
     whole one, when it cannot be written.
     """
-    state = {name: part.state_dict() for name, part in stateful.items()}
+    state = {name: thing.state_dict() for name, thing in stateful.items()}
     path = Path(folder) / f"step-{step:08d}.pt"
 
     def write(temporary: Path) -> None:
@@ -70,9 +70,9 @@ def load_checkpoint(path: Path, stateful: dict) -> int:
     compare(path, state["model"], stateful["model"].state_dict())
     # An average or a scaler begun only now has no state there.
     state = {"ema": state["model"], **state}
-    for name, part in stateful.items():
+    for name, thing in stateful.items():
         if name in state:
-            part.load_state_dict(state[name])
+            thing.load_state_dict(state[name])
     return state["step"]
 
 
@@ -141,7 +141,7 @@ def set_aside(folder: Path, first: int) -> None:
 
 
 class SettingsRecord:
-    """The settings that decide what a step does, as a part of a checkpoint.
+    """The settings that decide what a step does, as a checkpoint holds them.
 
     `more` are facts of the same kind. Taking back others than these warns, naming
     each with its old and its new value.
@@ -155,8 +155,6 @@ class SettingsRecord:
         }
         if config.lr_scheduler == "constant":
             without.add("max_steps")
-        if not config.dataset_path.endswith(".tar"):
-            without.add("num_workers")  # they share shards, but no other data
         facts = {**asdict(config), **more}
         kept = {name: value for name, value in facts.items() if name not in without}
         self.kept = json.loads(json.dumps(kept))  # lists for tuples, as in a file
@@ -179,8 +177,17 @@ class SettingsRecord:
             )
 
 
-def find_start(run) -> int:
-    """Let a `Run` take back its last checkpoint; returns the step to go on with."""
+def find_start(run, size: int) -> int:
+    """Let a `Run` take back its last checkpoint; returns the step to go on with.
+
+    It then also holds its settings (and that it shows `size` pictures), to be compared
+    when it goes on, and the scaler of float16.
+    """
+    if run.accelerator.scaler:
+        run.stateful["scaler"] = run.accelerator.scaler
+    if run.main:
+        record = SettingsRecord(run.config, processes=run.world, pictures=size)
+        run.stateful["settings"] = record
     folder = Path(run.config.output_dir) / "checkpoints"
     with run.accelerator.main_process_first():
         for left in folder.glob(".*.tmp") if run.main else ():

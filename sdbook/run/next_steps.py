@@ -9,7 +9,10 @@ from .configs import CLIPTrainingConfig, TrainingConfig, VAETrainingConfig
 from .settings import RunConfig, open_dataset
 
 # What the pictures are, and all three trainings have to agree on.
-DATA = ("dataset_path", "num_pictures", "kinds", "image_size", "crops", "flip")
+DATA = (
+    "dataset_path", "image_column", "caption_column", "num_pictures", "kinds",
+    "image_size", "crops", "flip",
+)  # fmt: skip
 
 
 def say_command(command: str, **flags) -> str:

@@ -28,7 +28,7 @@ def say_epochs(epochs: float) -> str:
 
 def warn_of_few(config: RunConfig, dataset: Dataset, shown: int) -> None:
     """Warn of far too few pictures for what is trained; scenes are as many as asked."""
-    if shown < config.enough and not getattr(dataset, "is_drawn", False):
+    if shown < config.enough and not getattr(dataset, "drawn", False):
         warnings.warn(
             f"{counted(shown, 'picture')} to train on: far too few, the model will "
             "know them by heart and little else. Give thousands, or let a finished "
@@ -52,7 +52,7 @@ def describe_plan(
     shown = len(dataset) if shown is None else shown
     config = count_steps(config, shown, world)
     pictures = pictures_per_step(config, world)
-    rejected = len(getattr(dataset, "problems", ()))
+    rejected = len(dataset.problems)
     path = find_checkpoint(config)
     count = sum(weight.numel() for weight in model.parameters())
     epochs = config.max_steps * pictures / shown

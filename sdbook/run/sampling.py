@@ -25,7 +25,7 @@ class SamplingConfig:
         negative_prompt: what to steer away from.
         checkpoint_path: a shipped model's name, a folder, a hub id, or one original
             .safetensors or .ckpt file.
-        tokenizer_path: a folder or hub id with the tokenizer, which one file lacks.
+        tokenizer_path: a model (see above) with the tokenizer, which one file lacks.
         variant: of the weights' files, such as fp16.
         output_path: a PNG; further pictures get -1, -2, … before the suffix.
         image_size: height and width in pixels; the model's own by default.
@@ -148,9 +148,9 @@ def draw(config: SamplingConfig, pipe, texts: list[str], seeds, start: dict):
 
 def read_prompts(path: str) -> list[str]:
     """The prompts of a file, one a line; empty lines are none. ValueError without."""
-    from ..images import _read_text
+    from ..images import _text_of
 
-    lines = _read_text(Path(path)).replace("\r", "\n").split("\n")
+    lines = _text_of(Path(path).read_bytes(), path).replace("\r", "\n").split("\n")
     prompts = [" ".join(line.split()) for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"prompt_file {path} holds no prompt; write one a line")

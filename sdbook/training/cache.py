@@ -66,8 +66,8 @@ def write_moments(
     wanted = {key: number for number, key in enumerate(keys) if key not in known}
     if not wanted:
         return
-    source = dataset.unread(wanted)
-    loader = DataLoader(source, batch_size, collate_fn=list, num_workers=num_workers)
+    items, read = list(wanted.items()), dataset.unread
+    loader = DataLoader(items, batch_size, collate_fn=read, num_workers=num_workers)
     done = len(keys) - len(wanted)
     with tqdm(total=len(keys), initial=done, desc="latents") as bar:
         for items in loader:

@@ -96,7 +96,7 @@ def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel | None:
     make_accelerator(config)
     torch.manual_seed(config.seed)
     dataset = open_dataset(config)
-    twins = config.twins and hasattr(dataset, "scene")  # only a world has them
+    twins = config.twins and dataset.drawn  # only a world has them
     texts = sorted(set(dataset.captions()))
     tokenizer = Tokenizer.train(texts, config.vocab_size, config.max_length)
     warn_about_long(tokenizer, texts)
