@@ -38,6 +38,7 @@ from .run.finetuning import (
     say_finetuning,
     say_lora,
 )  # fmt: skip
+from .run.folder import owns_output_dir
 from .run.loading import as_it_is
 from .run.processes import is_main_process
 from .run.settings import open_dataset
@@ -319,6 +320,7 @@ def what_moves(config: LoRATrainingConfig, unet: nn.Module, text_encoder: nn.Mod
     return WithText(*parts) if config.train_text_encoder else parts[0]
 
 
+@owns_output_dir
 def train_lora(config: LoRATrainingConfig) -> StableDiffusion | None:
     """Fine-tune a UNet (and its text model) and return the changed pipeline.
 
@@ -439,6 +441,7 @@ def load_word(pipe: StableDiffusion, path: str | Path, word: str | None = None) 
     return name
 
 
+@owns_output_dir
 def train_word(config: WordTrainingConfig) -> StableDiffusion | None:
     """Train one new row of the token embedding; returns the pipeline that knows it.
 

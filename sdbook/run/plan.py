@@ -7,7 +7,12 @@ from torch.utils.data import Dataset
 
 from ..counts import counted, readable
 from .checkpoints import find_checkpoint
-from .processes import count_steps, is_main_process, pictures_per_step
+from .processes import (
+    count_steps,
+    is_main_process,
+    pictures_per_step,
+    this_process,
+)
 from .settings import RunConfig
 
 
@@ -46,9 +51,7 @@ def describe_plan(
     It trains on `shown` of the pictures (all), and `held` are only validated on.
     `model` is what the optimiser moves; `also` are more lines, by their first word.
     """
-    from accelerate import PartialState
-
-    world = PartialState().num_processes
+    world = this_process().num_processes
     shown = len(dataset) if shown is None else shown
     config = count_steps(config, shown, world)
     pictures = pictures_per_step(config, world)
