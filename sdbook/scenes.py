@@ -421,6 +421,8 @@ class Scenes(CaptionedDataset):
     (not in "held_out") come as often as `KINDS` says, or twice as often if named twice.
     """
 
+    drawn = True
+
     def __init__(
         self, size: int = 64, split: str = "train", seed: int = 0,
         length: int = 20_000, kinds: Iterable[str] = tuple(KINDS),

@@ -148,9 +148,9 @@ def draw(config: SamplingConfig, pipe, texts: list[str], seeds, start: dict):
 
 def read_prompts(path: str) -> list[str]:
     """The prompts of a file, one a line; empty lines are none. ValueError without."""
-    from ..images import _text_of
+    from ..folders import text_of
 
-    lines = _text_of(Path(path).read_bytes(), path).replace("\r", "\n").split("\n")
+    lines = text_of(Path(path).read_bytes(), path).replace("\r", "\n").split("\n")
     prompts = [" ".join(line.split()) for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"prompt_file {path} holds no prompt; write one a line")
