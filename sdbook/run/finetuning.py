@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..clip import CLIPTextModel
+from ..counts import counted
 from ..files import write_atomically
 from ..images import CaptionedImages
 from ..pipeline import StableDiffusion
@@ -95,8 +96,8 @@ def say_lora(
     if config.class_prompts:
         classes = config.num_class_pictures
         also["class"] = (
-            f"{classes:,} pictures drawn first, to {config.output_dir}/class; each "
-            "step sees as many of them besides"
+            f"{counted(classes, 'picture')} drawn first, to {config.output_dir}/class; "
+            "each step sees as many of them besides"
         )
     processes, longest = this_process().num_processes, max(len(dataset), classes)
     say_finetuning(
