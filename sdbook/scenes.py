@@ -363,12 +363,8 @@ def stands(
     direction must be the larger one of the two.
     """
     x, y = np.moveaxis(first.mean(axis=-2) - second.mean(axis=-2), -1, 0)
-    sideways, amount = {
-        "left": (y, -x),
-        "right": (y, x),
-        "above": (x, -y),
-        "below": (x, y),
-    }[relation]
+    ways = {"left": (y, -x), "right": (y, x), "above": (x, -y), "below": (x, y)}
+    sideways, amount = ways[relation]
     return amount > np.abs(sideways)
 
 
@@ -484,6 +480,10 @@ class Scenes(CaptionedDataset):
         held = Scenes(self.side, "validation", self.seed, min(count, self.length))
         held.odds = self.odds
         return list(range(self.length)), held
+
+    def for_vae(self, seed: int = 0) -> "CrowdedScenes":
+        """As many pictures, in which there is more to see."""
+        return CrowdedScenes(self.side, seed, self.length)
 
 
 class CrowdedScenes(Scenes):

@@ -36,8 +36,6 @@ def save_checkpoint(folder: Path, step: int, stateful: dict, keep: int = 1) -> P
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
             torch.save(state | {"step": step}, file)
-            file.flush()
-            os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
 
     try:
         write_atomically(path, write)
@@ -84,6 +82,8 @@ def fault_in(state) -> str | None:
         weights = state.get(name, {})
         if not isinstance(weights, dict) or not all(map(is_tensor, weights.values())):
             return f"its {name} is none"
+        if not all(bool(weight.isfinite().all()) for weight in weights.values()):
+            return f"its {name} has weights that are no numbers"
     moved = state["optimiser"]
     moved = moved.get("state") if isinstance(moved, dict) else None
     if not isinstance(moved, dict) or not all(
@@ -188,8 +188,8 @@ def compare(path: Path, theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> N
 def find_checkpoint(config: RunConfig) -> Path | None:
     """The checkpoint that `resume` means; None to start from zero.
 
-    Of a folder it is the newest whole one, with a warning for each torn one. Raises
-    ValueError if all are torn, FileNotFoundError for a path without any.
+    Of a folder it is the newest that can be used, with a warning for each other.
+    Raises ValueError if none can, FileNotFoundError for a path without any.
     """
     if config.resume == "none":
         return None
@@ -199,12 +199,15 @@ def find_checkpoint(config: RunConfig) -> Path | None:
         return run
     found = sorted(run.glob("checkpoints/step-*.pt"), reverse=True)
     for path in found:
-        if why_not(path) is None:
+        reason = why_not(path)
+        if reason is None:
             return path
-        warnings.warn(f"{path} is torn; trying the one before it", stacklevel=2)
+        warnings.warn(
+            f"{path} cannot be used ({reason}); trying the one before it", stacklevel=2
+        )
     if found:
         raise ValueError(
-            f"no checkpoint in {found[0].parent} is whole; copy them again, or set "
+            f"no checkpoint in {found[0].parent} can be used; copy them again, or set "
             "resume to none to start from zero"
         )
     if config.resume != "auto":

@@ -22,16 +22,6 @@ ours = set()  # folders that this process holds, with its number: it may have fo
 
 
 @contextmanager
-def naming(path: Path):
-    """Inside, errors of the disk say which file they are of, if they do not yet."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-@contextmanager
 def hold(folder: Path):
     """Have a folder for this process alone; BlockingIOError names who has it now.
 
@@ -146,8 +136,6 @@ def stopped(folder: Path) -> KeyboardInterrupt:
 
 def no_room(error: OSError, folder: Path) -> OSError:
     """What to do about a disk that is full."""
-    what = error.strerror
-    if error.filename:
-        what = f"{error.filename} could not be written ({what}); make room"
+    what = f"{error.filename}: " * bool(error.filename) + error.strerror
     last = newest_checkpoint(folder) or f"what {folder} holds already"
     return OSError(f"{what}; the same command then goes on from {last}")

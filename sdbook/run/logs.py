@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import write_atomically
-from .folder import naming
+from ..files import naming, write_atomically
 from .settings import RunConfig
 
 

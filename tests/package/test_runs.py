@@ -30,6 +30,7 @@ from torch import nn
 
 from sdbook.__main__ import main
 from sdbook.data import CaptionedImages, Scenes, write_folder
+from sdbook.files import save_weights
 from sdbook.run.checkpoints import content_of, find_checkpoint, keep_state
 from sdbook.run.folder import hold, owns_output_dir
 from sdbook.run.logs import Log, Meter, step_of
@@ -300,6 +301,7 @@ FOREIGN = {
     "optimiser of numbers": dict(optimiser={"state": {0: 5}}),
     "optimiser of nothing": dict(optimiser=None),
     "model of numbers": dict(model={"weight": 1}),
+    "average that is lost": dict(ema={"weight": torch.tensor([[float("nan")]])}),
     "average of numbers": dict(ema=3),
     "step of text": dict(step="x"),
     "meter of numbers": dict(meter=[1]),
@@ -358,7 +360,7 @@ def test_foreign_files_to_resume_from(kind, checkpoint, tmp_path):
     folder.mkdir(parents=True)
     (folder / checkpoint.name).write_bytes(checkpoint.read_bytes())
     write_foreign(folder / "step-00000007.pt", kind)
-    with pytest.warns(UserWarning, match="00007.pt is torn; trying the one before"):
+    with pytest.warns(UserWarning, match="00007.pt cannot be used.*the one before"):
         assert find_checkpoint(replace(config, resume="auto")).name == checkpoint.name
 
 
@@ -480,6 +482,14 @@ def test_a_table_without_one_of_its_files(name, tmp_path, recwarn):
     assert np.array_equal(fill(tmp_path / "table", keys, rows), rows)
 
 
+@pytest.mark.parametrize("value", [float("nan"), 1e6])
+def test_a_table_takes_only_numbers(value, tmp_path):
+    """A VAE whose weights are lost says such things, and nobody would look."""
+    with pytest.raises(ValueError, match="table should hold is no number"):
+        Rows(tmp_path / "table").append([short_name(0)], np.full((1, 2), value))
+    assert Rows(tmp_path / "table").count() == 0
+
+
 def test_an_older_table_gets_sums(tmp_path):
     keys, rows = make_table(tmp_path / "table")
     sums = tmp_path / "table" / "sums"
@@ -527,6 +537,20 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_at_the_end(tmp_path, full_disk):
+    """The finished model cannot be written: nothing is lost, and it says what to do."""
+
+    @owns_output_dir
+    def train(config):
+        run_line(config)
+        save_weights({"weight": torch.zeros(10_000)}, tmp_path / "a.safetensors")
+
+    with pytest.raises(OSError, match="a.safetensors could.*make room.*from .*0002.pt"):
+        train(line_config(tmp_path, max_steps=2))
+    assert find_checkpoint(line_config(tmp_path)).name == "step-00000002.pt"
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_disk_that_is_full_in_the_cache(tmp_path, full_disk):
