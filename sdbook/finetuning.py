@@ -57,8 +57,8 @@ from .words import (
 
 __all__ = [
     "LowRank", "ATTENTION_MAPS", "lora_layers", "LoRA", "take_pair", "load_lora",
-    "encode", "loss_for", "WithText", "LatentsWithIds", "NewAndPrior", "PriorLoss",
-    "what_moves", "train_lora", "add_rows", "add_word", "NewWords", "load_word",
+    "WithText", "encode", "loss_for", "LatentsWithIds", "what_moves", "NewAndPrior",
+    "PriorLoss", "train_lora", "add_rows", "add_word", "NewWords", "load_word",
     "train_word",
 ]
 
@@ -229,6 +229,21 @@ def load_lora(
     return loras
 
 
+class WithText(nn.Module):
+    """A UNet with the text model before it, which reads token ids (b, n).
+
+    Called with noisy latents (b, c, h, w), timesteps (b,) and ids, it gives what the
+    UNet gives. Either part may be a LoRA, or `NewWords`.
+    """
+
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, x: Tensor, t: Tensor, ids: Int64[Tensor, "b n"]) -> Tensor:
+        return self.unet(x, t, self.text_encoder(ids))
+
+
 def encode(config, pipe: StableDiffusion, dataset: Dataset, name: str) -> Encoded:
     """A dataset's latents and text states, once, in `output_dir/name`."""
     return Encoded(
@@ -249,21 +264,6 @@ def loss_for(config, pipe: StableDiffusion, empty: Tensor) -> DiffusionLoss:
     )  # fmt: skip
 
 
-class WithText(nn.Module):
-    """A UNet with the text model before it, which reads token ids (b, n).
-
-    Called with noisy latents (b, c, h, w), timesteps (b,) and ids, it gives what the
-    UNet gives. Either part may be a LoRA, or `NewWords`.
-    """
-
-    def __init__(self, unet: nn.Module, text_encoder: nn.Module):
-        super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
-
-    def forward(self, x: Tensor, t: Tensor, ids: Int64[Tensor, "b n"]) -> Tensor:
-        return self.unet(x, t, self.text_encoder(ids))
-
-
 class LatentsWithIds(Dataset):
     """Latents with the token ids (n,) of their captions, in whole batches."""
 
@@ -275,6 +275,17 @@ class LatentsWithIds(Dataset):
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         return self.encoded.__getitems__(indices)[0], self.ids[indices]
+
+
+def what_moves(config: LoRATrainingConfig, unet: nn.Module, text_encoder: nn.Module):
+    """What `train_lora` trains: LoRAs of the models, or, with rank 0, themselves."""
+    parts = [unet, text_encoder] if config.train_text_encoder else [unet]
+    for model in parts:
+        model.requires_grad_(not config.rank)
+    if config.rank:
+        sizes = config.rank, config.alpha, config.layers
+        parts = [LoRA(model, *sizes) for model in parts]
+    return WithText(*parts) if config.train_text_encoder else parts[0]
 
 
 class NewAndPrior(Dataset):
@@ -307,17 +318,6 @@ class PriorLoss:
         loss, numbers = self.loss(unet, new, generator, *rows)
         kept, _ = self.loss(unet, prior, generator, *rows)
         return loss + self.weight * kept, numbers | {"new": loss, "prior": kept}
-
-
-def what_moves(config: LoRATrainingConfig, unet: nn.Module, text_encoder: nn.Module):
-    """What `train_lora` trains: LoRAs of the models, or, with rank 0, themselves."""
-    parts = [unet, text_encoder] if config.train_text_encoder else [unet]
-    for model in parts:
-        model.requires_grad_(not config.rank)
-    if config.rank:
-        sizes = config.rank, config.alpha, config.layers
-        parts = [LoRA(model, *sizes) for model in parts]
-    return WithText(*parts) if config.train_text_encoder else parts[0]
 
 
 @owns_output_dir

@@ -363,12 +363,8 @@ def stands(
     direction must be the larger one of the two.
     """
     x, y = np.moveaxis(first.mean(axis=-2) - second.mean(axis=-2), -1, 0)
-    sideways, amount = {
-        "left": (y, -x),
-        "right": (y, x),
-        "above": (x, -y),
-        "below": (x, y),
-    }[relation]
+    ways = {"left": (y, -x), "right": (y, x), "above": (x, -y), "below": (x, y)}
+    sideways, amount = ways[relation]
     return amount > np.abs(sideways)
 
 
@@ -424,8 +420,6 @@ class Scenes(CaptionedDataset):
     `length` says where an epoch ends; `scene(i)` knows no end. The `kinds` of prompt
     (not in "held_out") come as often as `KINDS` says, or twice as often if named twice.
     """
-
-    drawn = True
 
     def __init__(
         self, size: int = 64, split: str = "train", seed: int = 0,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .adapters import as_path
+from .adapters import as_path, file_for
 from .clip import Tokenizer, expand_words
 from .files import WeightsError, list_folder, read_weights, save_weights
 from .weights import WIDTHS
@@ -124,8 +124,7 @@ def save_word(path: str | Path, pipe, word: str) -> None:
     `path` is a .safetensors file or a folder. Raises ValueError for a word that the
     pipeline was not taught.
     """
-    path = as_path(path, "a word")
-    path = path if path.suffix == ".safetensors" else path / WORD_FILE
+    path = file_for(path, WORD_FILE, "a word")
     backend = pipe.tokenizer.backend
     added = backend.added_tokens_encoder
     taught = [one for one in added if one not in backend.all_special_tokens]

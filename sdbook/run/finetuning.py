@@ -48,12 +48,12 @@ def draw_class(config: LoRATrainingConfig, pipe: StableDiffusion) -> CaptionedIm
     for number in range(config.num_class_pictures if is_main_process() else 0):
         path = folder / f"{number:05}.png"
         prompt = config.class_prompts[number % len(config.class_prompts)]
-        words = path.with_suffix(".txt")
-        if path.exists() and words.exists() and words.read_text() == prompt:
+        words, text = path.with_suffix(".txt"), prompt.encode()
+        if path.exists() and words.exists() and words.read_bytes() == text:
             continue
         image = pipe(prompt, seed=config.seed + number, progress=False).images[0]
         write_atomically(path, lambda file: image.save(file, "PNG"))  # noqa: B023
-        write_atomically(words, lambda file: file.write_text(prompt))  # noqa: B023
+        write_atomically(words, lambda file: file.write_bytes(text))  # noqa: B023
     this_process().wait_for_everyone()
     return CaptionedImages(folder, config.image_size)
 

@@ -432,6 +432,13 @@ def test_a_path_that_is_none(path, pipe, tmp_path):
             save_lora(path, LoRA(small_pipeline((8, 16), (8, 8), width=16).unet))
 
 
+@pytest.mark.parametrize("name", ["a.bin", "a.PT", "a.ckpt"])
+def test_no_pickle_is_written(name, pipe, tmp_path):
+    for save in (lambda path: save_lora(path), lambda path: save_word(path, pipe, "x")):
+        with pytest.raises(ValueError, match="would be a pickle"):
+            save(tmp_path / name)
+
+
 def test_a_folder_without_one_says_what_it_has(pipe, tmp_path):
     (tmp_path / "notes.txt").touch()
     for load in (load_lora, load_word):
