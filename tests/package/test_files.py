@@ -278,6 +278,8 @@ def test_absurd_sizes_are_named_before_memory_is_taken(folder, part, key, value)
 
 def test_json_that_is_nested_too_deeply_or_too_long(tmp_path):
     path = tmp_path / "config.json"
+    path.write_text('\ufeff{"a": 1}', encoding="utf-8")  # as Notepad saves it
+    assert read_json(path) == {"a": 1}
     path.write_text("[" * 100_000)
     with pytest.raises(WeightsError, match="config.json is not valid JSON"):
         read_json(path)
@@ -513,6 +515,19 @@ def test_one_file_of_stable_diffusion_2(second, tmp_path):
         for k, t in theirs.text_encoder.state_dict().items()
     }
     assert same(found, dict(ours.text_encoder.state_dict()))
+
+
+def test_the_text_half_of_an_openclip_file(second, tmp_path):
+    """open_clip_pytorch_model.safetensors: no prefix, and a half that sees pictures."""
+    expected = CLIPTextModel.from_pretrained(second / "text_encoder")
+    file = as_openclip(dict(expected.state_dict()), 2)
+    bare = {key.removeprefix("cond_stage_model.model."): t for key, t in file.items()}
+    bare |= {"visual.proj": torch.ones(2, 2), "visual.ln_post.bias": torch.ones(2)}
+    save_file(bare, tmp_path / "openclip.safetensors")
+    found = CLIPTextModel.from_pretrained(
+        tmp_path / "openclip.safetensors", config=expected.config
+    )
+    assert same(found, expected)
 
 
 def test_the_sizes_of_stable_diffusion_2_follow_from_a_file(tmp_path):
