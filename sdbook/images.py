@@ -60,11 +60,13 @@ class CaptionedDataset(Dataset):
     """What training may ask of every dataset of captioned pictures.
 
     Items are `(pixels, caption)`: float32 (3, side, side) from -1 to 1, and a string.
-    `problems` lists what had to be left out.
+    `problems` lists what had to be left out. If it is `drawn`, by our own code and
+    without end, `scene(i)` tells what stands in picture i.
     """
 
     side: int
     problems: Sequence[str] = ()
+    drawn = False
 
     def read(self, index: int) -> Float[Tensor, "3 h w"] | None:
         """The pixels of an item; None if its picture cannot be read."""
@@ -94,6 +96,10 @@ class CaptionedDataset(Dataset):
     def unread(self, wanted: list[tuple[str, int]]) -> list[tuple[str, Tensor | None]]:
         """`(key, pixels)` of items given as (key, number); None if unreadable."""
         return [(key, self.read(number)) for key, number in wanted]
+
+    def for_vae(self, seed: int = 0) -> "CaptionedDataset":
+        """What to train a VAE on, which reads no captions: here, the same."""
+        return self
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

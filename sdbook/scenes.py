@@ -421,6 +421,8 @@ class Scenes(CaptionedDataset):
     (not in "held_out") come as often as `KINDS` says, or twice as often if named twice.
     """
 
+    drawn = True
+
     def __init__(
         self, size: int = 64, split: str = "train", seed: int = 0,
         length: int = 20_000, kinds: Iterable[str] = tuple(KINDS),
@@ -478,6 +480,10 @@ class Scenes(CaptionedDataset):
         held = Scenes(self.side, "validation", self.seed, min(count, self.length))
         held.odds = self.odds
         return list(range(self.length)), held
+
+    def for_vae(self, seed: int = 0) -> "CrowdedScenes":
+        """As many pictures, in which there is more to see."""
+        return CrowdedScenes(self.side, seed, self.length)
 
 
 class CrowdedScenes(Scenes):

@@ -998,7 +998,8 @@ def test_the_plan_and_nothing_else(unet_config, capsys):
     said = capsys.readouterr().out
     for words in (
         "scenes: 10 pictures to train on, 10 held out, 0 rejected", "parameters",
-        "10 of 12 pictures (12.0 epochs)", "4 at once × 3 added up × 1 processes = 12",
+        "10 of 12 pictures (every picture is seen 12.0 times)",
+        "4 at once × 3 added up × 1 process = 12",
         "memory  about", config.output_dir, "start   from step 0",
     ):  # fmt: skip
         assert words in said, said
