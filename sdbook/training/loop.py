@@ -16,10 +16,9 @@ import torch
 from jaxtyping import Int
 from PIL import Image
 from torch import nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..run.checkpoints import find_start, save_checkpoint
-from ..run.loading import step_loader
 from ..run.logs import Log, Meter, is_due, open_tracker, report
 from ..run.processes import (
     count_steps,
@@ -29,7 +28,7 @@ from ..run.processes import (
     unwrap,
     wrap,
 )
-from ..run.progress import StopNote, progress
+from ..run.progress import StopNote, leave_signals_to_main, progress
 from ..run.settings import RunConfig
 
 __all__ = [
@@ -217,7 +216,10 @@ def optimise(
         len(dataset), run.pictures, config.seed, run.first, config.max_steps,
         run.rank, run.world, count,
     )  # fmt: skip
-    batches = iter(step_loader(dataset, sampler, collate, config.num_workers))
+    batches = iter(DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=collate,
+        num_workers=config.num_workers, worker_init_fn=leave_signals_to_main,
+    ))  # fmt: skip
     with StopNote() as note:
         for step in progress(run):
             take_step(run, step, loss_of, islice(batches, count))

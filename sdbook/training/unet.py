@@ -10,10 +10,9 @@ from torch.utils.data import Subset
 
 from ..pipeline import StableDiffusion
 from ..run.configs import TrainingConfig
-from ..run.loading import as_it_is
 from ..run.processes import is_main_process, make_accelerator
 from ..run.unet import make_noise_schedule, new_unet, open_frozen, prepare
-from .cache import Encoded
+from .cache import Encoded, as_it_is
 from .loop import optimise
 from .loss import DiffusionLoss
 from .validation import Validation, sheet_of

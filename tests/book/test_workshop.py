@@ -53,7 +53,6 @@ FLOORS = {
     "run.plan": 4.3,
     "run.processes": 4.25,
     "run.checkpoints": 4.2,
-    "run.loading": 4.2,
     "run.logs": 4.2,
     "run.memory": 4.2,
     "run.progress": 4.1,
