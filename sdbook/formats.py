@@ -29,7 +29,7 @@ __all__ = [
     "NAMINGS", "renamed_keys", "averaged_name", "is_for_training", "take_averages",
     "rename_all", "own_weights", "squeeze_matrices", "bare_text_names", "text_half",
     "to_original", "PARTS", "write_index", "check_index", "model_folders",
-    "shipped_models", "find_model", "check_checkpoint", "CLIP_TOKENIZER",
+    "shipped_models", "find_model", "check_checkpoint", "find_part", "CLIP_TOKENIZER",
     "find_tokenizer",
 ]
 
@@ -276,11 +276,12 @@ def model_folders() -> list[Path]:
 
 
 def shipped_models() -> dict[str, Path]:
-    """The models that need no download, by name."""
+    """What needs no download, by name: whole models, and CLIPs."""
     found = {}
     for folder in model_folders():
-        for index in sorted(folder.glob("*/model_index.json")):
-            found.setdefault(index.parent.name, index.parent)
+        for file in ("model_index.json", "clip.safetensors"):
+            for path in sorted(folder.glob(f"*/{file}")):
+                found.setdefault(path.parent.name, path.parent)
     return found
 
 
@@ -293,10 +294,12 @@ def find_model(
     Raises FileNotFoundError, saying what there is, when it is none of them.
     """
     shipped, path = shipped_models(), Path(name)
-    known = f"shipped with the book: {', '.join(shipped) or 'none found'}"
-    if (path / "model_index.json").is_file() or path.is_file():
+    index = "model_index.json"
+    whole = [one for one, folder in shipped.items() if (folder / index).is_file()]
+    known = f"shipped with the book: {', '.join(whole) or 'none found'}"
+    if (path / index).is_file() or path.is_file():
         return path
-    if str(name) in shipped:
+    if str(name) in whole:
         return shipped[str(name)]
     if path.is_dir():
         raise FileNotFoundError(
@@ -334,16 +337,34 @@ def check_checkpoint(path: Path) -> None:
         )
 
 
+def find_part(name: str | os.PathLike, part: str, weights: bool = True) -> Path:
+    """Where a part of a model is, such as its `vae`: a folder, or one file.
+
+    `name` is that folder or file, a model that has the part, the name of one that ships
+    with the book, or a hub id. Raises FileNotFoundError, saying what there is.
+    """
+    path, shipped = Path(name), shipped_models()
+    here = path.is_file() or (path / part).is_dir() or any(path.glob("*config.json"))
+    if not here and str(name) in shipped:
+        path = shipped[str(name)]
+    elif is_hub_id(name):
+        path = download(str(name), (part, ""), weights=weights)
+    elif not path.exists():
+        raise FileNotFoundError(
+            f"there is no model {str(name)!r} (shipped with the book: "
+            f"{', '.join(shipped) or 'none found'}); give one of these names, an id "
+            "like owner/model, or a folder"
+        )
+    return path / part if (path / part).is_dir() else path
+
+
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # which all SD 1.x models share
 
 
 def find_tokenizer(source: str | os.PathLike | None) -> Path:
-    """The folder of a tokenizer: one itself, a model's, or a hub id (CLIP's)."""
-    path = Path(source or CLIP_TOKENIZER)
-    if is_hub_id(path):
-        try:
-            path = download(str(path), weights=False)
-        except FileNotFoundError as error:
-            why = "" if source else "a single file holds no tokenizer, and "
-            raise FileNotFoundError(f"{why}{error} as tokenizer=") from error
-    return path / "tokenizer" if (path / "tokenizer").is_dir() else path
+    """The folder of a tokenizer, as `find_part` finds it; by default CLIP's own."""
+    try:
+        return find_part(source or CLIP_TOKENIZER, "tokenizer", weights=False)
+    except FileNotFoundError as error:
+        why = "" if source else "a single file holds no tokenizer, and "
+        raise FileNotFoundError(f"{why}{error} as tokenizer=") from error

@@ -93,12 +93,16 @@ def name_of(requirement):
     return re.sub(r"[-_.]+", "-", requirement.name).lower()
 
 
-def ranges():
-    """{name: allowed versions} from pyproject.toml."""
+def requirements():
+    """The lines of pyproject.toml that name a package."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"].values()
-    lines = [*project["dependencies"], *(line for extra in extras for line in extra)]
-    return {name_of(r): r.specifier for r in map(Requirement, lines)}
+    return [*project["dependencies"], *(line for extra in extras for line in extra)]
+
+
+def ranges():
+    """{name: allowed versions} from pyproject.toml."""
+    return {name_of(r): r.specifier for r in map(Requirement, requirements())}
 
 
 def pins():
@@ -111,18 +115,40 @@ def pins():
     return found
 
 
+# What conda-forge calls otherwise; and what it has in place of jsonargparse's extra.
+CONDA = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
+CONDA |= {"playwright-python": "playwright"}
+SIGNATURES = {"docstring-parser", "typeshed-client"}
+
+
 def conda():
     """{name: allowed versions} from environment.yml, under the names of PyPI."""
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    lines = [line for line in environment["dependencies"] if isinstance(line, str)]
-    lines += environment["dependencies"][-1]["pip"]
-    found = {}
-    for line in lines:
-        if line not in ("pip", "-e ."):
-            requirement = Requirement(line)
-            name = {"pytorch": "torch"}.get(name_of(requirement), name_of(requirement))
-            found[name] = requirement.specifier
-    return found
+    *lines, pip = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert pip == {"pip": ["-e ."]}
+    found = {name_of(r): r.specifier for r in map(Requirement, lines)}
+    assert SIGNATURES | {"pip"} <= set(found)
+    others = {name: found[name] for name in set(found) - SIGNATURES - {"pip"}}
+    return {CONDA.get(name, name): allowed for name, allowed in others.items()}
+
+
+def test_conda_has_its_own_names():
+    text = (ROOT / "environment.yml").read_text()
+    assert all(re.search(rf"^  - {name}[>\n]", text, re.M) for name in CONDA)
+    extras = [r.extras for r in map(Requirement, requirements()) if r.extras]
+    assert extras == [{"signatures"}], "what an extra needs, conda is told by name"
+
+
+def test_the_floors_are_what_the_oldest_versions_job_installs():
+    lines = (ROOT / "requirements-floors.txt").read_text().splitlines()
+    floors = [line for line in lines if line and not line.startswith("#")]
+    oldest = [re.sub(r">=([^,]+).*", r"==\1", line) for line in requirements()]
+    assert floors == oldest
+    job = workflow("tests")["jobs"]["test"]
+    assert job["env"]["REQUIREMENTS"] == "${{ matrix.requirements }}"
+    (oldest,) = job["strategy"]["matrix"]["include"]
+    assert oldest == {"python": "3.10", "requirements": "requirements-floors.txt"}
+    said = make("-n", ".venv/.installed", "REQUIREMENTS=requirements-floors.txt", "-B")
+    assert "--requirement requirements-floors.txt" in said.stdout
 
 
 def test_the_three_lists_name_the_same_packages():
@@ -197,20 +223,41 @@ def test_an_old_python_is_refused(tmp_path):
     assert not (tmp_path / ".venv").exists()
 
 
-def test_the_workflows_are_yaml_and_call_what_exists():
-    for name in ("tests", "book"):
-        path = ROOT / ".github" / "workflows" / f"{name}.yml"
-        jobs = yaml.safe_load(path.read_text())["jobs"]
-        assert all("steps" in job for job in jobs.values())
-    folder = ROOT / ".github" / "workflows"
-    for name, call in (("tests", ".ci/run"), ("book", "make book")):
-        (job,) = yaml.safe_load((folder / f"{name}.yml").read_text())["jobs"].values()
-        assert any(call in step.get("run", "") for step in job["steps"])
-    uploads = [s for s in job["steps"] if "upload-pages" in s.get("uses", "")]
-    assert uploads[0]["with"]["path"] == "_build/html"
+# The newest major versions: older ones run on a Node.js that GitHub has taken away.
+ACTIONS = {"checkout": 7, "setup-python": 7, "upload-pages-artifact": 5}
+ACTIONS |= {"deploy-pages": 5}
+
+
+def workflow(name):
+    path = ROOT / ".github" / "workflows" / f"{name}.yml"
+    return yaml.safe_load(path.read_text())
+
+
+def test_the_workflows_call_what_exists():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
     assert subprocess.run(["sh", "-n", str(ROOT / ".ci" / "run")]).returncode == 0
+    for name, call in (
+        ("tests", ".ci/run"), ("versions", ".ci/run"), ("book", "make book"),
+    ):  # fmt: skip
+        (job,) = workflow(name)["jobs"].values()
+        assert any(call in step.get("run", "") for step in job["steps"])
+    uploads = [s for s in job["steps"] if "upload-pages" in s.get("uses", "")]
+    assert uploads[0]["with"]["path"] == "_build/html"
+
+
+def test_the_workflows_may_do_little_and_are_up_to_date():
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        flow = workflow(path.stem)
+        allowed = {"contents": "read"}
+        if path.stem == "book":
+            allowed |= {"pages": "write", "id-token": "write"}
+        assert flow["permissions"] == allowed, path.name
+        for job in flow["jobs"].values():
+            for step in job["steps"]:
+                if "uses" in step:
+                    action, version = step["uses"].removeprefix("actions/").split("@")
+                    assert version == f"v{ACTIONS[action]}", step["uses"]
 
 
 def test_the_readme_names_what_exists():
