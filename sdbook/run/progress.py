@@ -35,6 +35,12 @@ class StopNote:
         note = torch.tensor([float(self.written)], device=accelerator.device)
         return bool(accelerator.reduce(note, "sum") > 0)
 
+    def interrupt(self, step: int) -> None:
+        """Do what was asked for: KeyboardInterrupt, which says how to go on."""
+        raise KeyboardInterrupt(
+            f"after step {step}; the same command goes on from there"
+        )
+
 
 def leave_signals_to_main(worker: int) -> None:
     """A process that prepares data ends when the main one tells it to."""

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Int
-from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -52,10 +51,9 @@ def shuffled(size: int, seed: int, epoch: int) -> Int[np.ndarray, "size"]:
 class StepSampler(Sampler):
     """Lists of picture numbers, one for each step from `first` to `last`.
 
-    The order of an epoch depends on (seed, epoch) alone, so step 700 sees the same
-    pictures whether or not the run was stopped before it. `batch_size` counts the
-    pictures of a whole step. Process `rank` of `world` gets its share of them, in
-    `micro_batches`. Raises ValueError for a batch that does not split evenly.
+    The order of an epoch depends on (seed, epoch) alone, so that going on is exact.
+    `batch_size` counts the pictures of a whole step; process `rank` of `world` gets
+    its share of them, in `micro_batches`. Raises ValueError for an uneven split.
     """
 
     def __init__(
@@ -84,26 +82,20 @@ class StepSampler(Sampler):
 
 
 def learning_rate_at(step: int, config: RunConfig) -> float:
-    """The factor on the learning rate: a line up, then what `lr_scheduler` says.
-
-    Counts optimiser steps, however many processes or micro-batches make one.
-    """
+    """The factor on the rate of an optimiser step: a line up, then `lr_scheduler`."""
     warmup, steps = config.warmup_steps, config.max_steps
     if step < warmup:
         return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return {
-        "constant": 1.0,
-        "linear": 1 - progress,
-        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-    }[config.lr_scheduler]
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    falling = {"constant": 1.0, "linear": 1 - done}
+    falling["cosine"] = 0.5 * (1 + math.cos(math.pi * done))
+    return falling[config.lr_scheduler]
 
 
 class EMA:
     """An exponential moving average of a module's weights, `shadow`.
 
-    Early on the average is short (decay ≤ (1 + step) / (10 + step)), so that it
-    forgets the random start.
+    Early on it is short, decay ≤ (1 + step) / (10 + step), and forgets the start.
     """
 
     def __init__(self, module: nn.Module, decay: float):
@@ -122,8 +114,7 @@ class EMA:
 class Run:
     """What one training moves, `module` and its average, and where it stands.
 
-    `config` is the one that was given, with its epochs counted in steps; `first` is
-    the step that it starts with; `averaged` are the weights to draw with.
+    It starts with step `first`; `averaged` are the weights to draw with.
     """
 
     def __init__(self, config: RunConfig, module: nn.Module, size: int):
@@ -187,8 +178,7 @@ def take_step(run: Run, step: int, loss_of: Callable, batches) -> None:
         run.optimiser.step()
     run.optimiser.zero_grad(set_to_none=True)
     if not finite:
-        run.meter.skip(step)
-        return
+        return run.meter.skip(step)
     run.meter.add(means)
     if run.ema:
         run.ema.update(run.module, step)
@@ -196,19 +186,16 @@ def take_step(run: Run, step: int, loss_of: Callable, batches) -> None:
 
 def optimise(
     config: RunConfig, module: nn.Module, dataset: Dataset, loss_of: Callable,
-    validate: Callable[[nn.Module], dict[str, float]] | None = None,
-    collate: Callable | None = None,
-    sample: Callable[[nn.Module], Image.Image] | None = None,
+    validate: Callable | None = None, collate: Callable | None = None,
+    sample: Callable | None = None,
 ) -> nn.Module:  # fmt: skip
     """Train `module` for `config.max_steps` and return its (averaged) weights.
 
     `loss_of(module, batch, generator, rows)` gives the loss and a dict of numbers to
-    log. All chance in it comes from the generator, the same for all micro-batches of
-    a step; `rows`, a slice, are the pictures of the step that this batch has.
-    `validate` gives numbers every `validate_every` steps, `sample` a picture every
-    `sample_every`, both of the averaged weights. Numbers go to `output_dir/log.jsonl`,
-    checkpoints to `output_dir/checkpoints`. Ctrl-C writes one and raises
-    KeyboardInterrupt.
+    log; its chance comes from the generator, the same for all micro-batches of a step,
+    of whose pictures this one has the `rows`. Now and then `validate(module)` gives
+    such a dict, and `sample(module)` an image, of the averaged weights. `output_dir`
+    gets log.jsonl and checkpoints/. Ctrl-C writes one and raises KeyboardInterrupt.
     """
     run, count = Run(config, module, len(dataset)), config.gradient_accumulation_steps
     config = run.config
@@ -228,8 +215,6 @@ def optimise(
             if stop or is_due(step + 1, config.checkpoint_every, config):
                 run.save(step + 1)
             if stop:
-                raise KeyboardInterrupt(
-                    f"after step {step + 1}; the same command goes on from there"
-                )
+                note.interrupt(step + 1)
     unwrap(run.accelerator, run.module, run.wrapped)
     return run.averaged

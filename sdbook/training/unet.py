@@ -23,8 +23,7 @@ __all__ = ["train"]
 def train(config: TrainingConfig) -> StableDiffusion | None:
     """Train a UNet on a frozen VAE and text model, and save the whole pipeline.
 
-    Says the plan first; with `dry_run` that is all. The pictures and captions go
-    through the frozen parts once, before the loop. Writes the model to `output_dir`,
+    Says the plan first; with `dry_run` that is all. Writes the model to `output_dir`,
     which diffusers and `StableDiffusion.from_pretrained` open.
     """
     device = make_accelerator(config).device
