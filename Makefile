@@ -33,9 +33,8 @@ sample: .venv/.installed
 test: .venv/.installed
 	$(BIN)/ruff check
 	$(BIN)/python tools/book/export.py --check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile \
-	    --nbval-lax --nbval-current-env --nbval-cell-timeout=300 chapters
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	    --nbval-lax --nbval-current-env --nbval-cell-timeout=300 tests chapters
 	@echo "passed: lint; export check; unit, parity, fault and book tests;" \
 	    "every cell of $(words $(wildcard chapters/*.ipynb)) chapters"
 

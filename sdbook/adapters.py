@@ -78,6 +78,17 @@ def as_path(path, what: str) -> Path:
     return Path(path)
 
 
+def file_for(path, name: str, what: str) -> Path:
+    """Where to write: a .safetensors file as given, or `name` in a folder.
+
+    Raises ValueError for the name of a pickle, which we do not write.
+    """
+    path = as_path(path, what)
+    if path.suffix.lower() in (".bin", ".pt", ".pth", ".ckpt"):
+        raise ValueError(f"{path} would be a pickle; give a .safetensors file")
+    return path if path.suffix.lower() == ".safetensors" else path / name
+
+
 def check_number(
     name: str, value, at_least: int | None = None, at_most: int | None = None
 ) -> None:
@@ -137,8 +148,7 @@ def save_lora(path: str | Path, *loras: nn.Module, kohya: bool = False) -> None:
     config) or kohya's. `scale` is not written: it belongs to the user. Raises
     ValueError for two LoRAs of the same model.
     """
-    path, tensors, config = as_path(path, "a LoRA"), {}, {}
-    path = path if path.suffix == ".safetensors" else path / LORA_FILE
+    path, tensors, config = file_for(path, LORA_FILE, "a LoRA"), {}, {}
     parts = [part_of(lora.model()) for lora in loras]
     if len(set(parts)) != len(parts) or not parts:
         raise ValueError(
@@ -234,7 +244,7 @@ def read_lora(
             if place is None:
                 rest.append(key)
             elif what in layers.setdefault(place, {}):
-                raise WeightsError(f"{file} has two of {key}, under two names")
+                raise WeightsError(f"{file} has {what} of {place[1]} under two names")
             else:
                 layers[place][what] = tensor
         refuse_rest(file, rest, layers)

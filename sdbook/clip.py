@@ -130,6 +130,11 @@ class Tokenizer:
         self.start_id: int = backend.bos_token_id
         self.end_id: int = backend.eos_token_id
 
+    def take_length(self, places: int) -> None:
+        """Take the text model's places where the tokenizer's files name no length."""
+        if self.max_length > 10**20:  # which is how transformers says so
+            self.max_length = self.backend.model_max_length = places
+
     def __len__(self) -> int:
         return len(self.backend)
 
@@ -183,7 +188,8 @@ def fit_to_length(backend, text: str, max_length: int) -> list[int]:
         lost = backend.decode(ids[max_length - 1 : -1])
         warn_about_cut_words(lost, max_length - 2)
         ids = ids[: max_length - 1] + [end]
-    return ids + [end] * (max_length - len(ids))
+    padding = backend.pad_token_id  # CLIP's is the end token, SD 2's is "!"
+    return ids + [end if padding is None else padding] * (max_length - len(ids))
 
 
 def expand_words(backend, ids: list[int]) -> list[int]:
@@ -252,6 +258,20 @@ class CLIPTextConfig(Config):
         "initializer_factor", "initializer_range", "projection_dim",
         "transformers_version",
     )
+    families: ClassVar[dict[str, dict[str, Any]]] = {"SD 2.x": dict(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=23,
+        num_attention_heads=16, hidden_act="gelu", pad_token_id=0,
+    )}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "the config"):
+        """Read config.json; of a whole CLIP, the half that reads."""
+        known = {field.name for field in fields(cls)} | cls.fixed.keys()
+        return super().from_dict(text_half(values, known), where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds."""
+        return {**super().to_dict(), **self.fixed, "architectures": ["CLIPTextModel"]}
 
     def check(self) -> None:
         """Raise ValueError for heads that do not fit, and an unknown bend."""
@@ -264,16 +284,6 @@ class CLIPTextConfig(Config):
             raise ValueError(
                 f"hidden_act={self.hidden_act!r}; use 'quick_gelu' or 'gelu'"
             )
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "the config"):
-        """Read config.json; of a whole CLIP, the half that reads."""
-        known = {field.name for field in fields(cls)} | cls.fixed.keys()
-        return super().from_dict(text_half(values, known), where)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What config.json holds."""
-        return {**super().to_dict(), **self.fixed, "architectures": ["CLIPTextModel"]}
 
 
 class CLIPEmbeddings(nn.Module):

@@ -38,6 +38,7 @@ from .run.finetuning import (
     say_finetuning,
     say_lora,
 )  # fmt: skip
+from .run.folder import owns_output_dir
 from .run.processes import is_main_process
 from .run.settings import open_dataset
 from .schedulers import change_scheduler
@@ -46,7 +47,7 @@ from .training.loop import optimise
 from .training.loss import DiffusionLoss
 from .words import (
     WORD_FILE,  # noqa: F401
-    check_word,
+    check_words,
     number_of,
     read_word,
     save_word,
@@ -55,8 +56,8 @@ from .words import (
 
 __all__ = [
     "LowRank", "ATTENTION_MAPS", "lora_layers", "LoRA", "take_pair", "load_lora",
-    "encode", "loss_for", "WithText", "LatentsWithIds", "NewAndPrior", "PriorLoss",
-    "what_moves", "train_lora", "add_rows", "add_word", "NewWords", "load_word",
+    "WithText", "encode", "loss_for", "LatentsWithIds", "what_moves", "NewAndPrior",
+    "PriorLoss", "train_lora", "add_rows", "add_word", "NewWords", "load_word",
     "train_word",
 ]
 
@@ -227,6 +228,21 @@ def load_lora(
     return loras
 
 
+class WithText(nn.Module):
+    """A UNet with the text model before it, which reads token ids (b, n).
+
+    Called with noisy latents (b, c, h, w), timesteps (b,) and ids, it gives what the
+    UNet gives. Either part may be a LoRA, or `NewWords`.
+    """
+
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, x: Tensor, t: Tensor, ids: Int64[Tensor, "b n"]) -> Tensor:
+        return self.unet(x, t, self.text_encoder(ids))
+
+
 def encode(config, pipe: StableDiffusion, dataset: Dataset, name: str) -> Encoded:
     """A dataset's latents and text states, once, in `output_dir/name`."""
     return Encoded(
@@ -247,21 +263,6 @@ def loss_for(config, pipe: StableDiffusion, empty: Tensor) -> DiffusionLoss:
     )  # fmt: skip
 
 
-class WithText(nn.Module):
-    """A UNet with the text model before it, which reads token ids (b, n).
-
-    Called with noisy latents (b, c, h, w), timesteps (b,) and ids, it gives what the
-    UNet gives. Either part may be a LoRA, or `NewWords`.
-    """
-
-    def __init__(self, unet: nn.Module, text_encoder: nn.Module):
-        super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
-
-    def forward(self, x: Tensor, t: Tensor, ids: Int64[Tensor, "b n"]) -> Tensor:
-        return self.unet(x, t, self.text_encoder(ids))
-
-
 class LatentsWithIds(Dataset):
     """Latents with the token ids (n,) of their captions, in whole batches."""
 
@@ -273,6 +274,17 @@ class LatentsWithIds(Dataset):
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         return self.encoded.__getitems__(indices)[0], self.ids[indices]
+
+
+def what_moves(config: LoRATrainingConfig, unet: nn.Module, text_encoder: nn.Module):
+    """What `train_lora` trains: LoRAs of the models, or, with rank 0, themselves."""
+    parts = [unet, text_encoder] if config.train_text_encoder else [unet]
+    for model in parts:
+        model.requires_grad_(not config.rank)
+    if config.rank:
+        sizes = config.rank, config.alpha, config.layers
+        parts = [LoRA(model, *sizes) for model in parts]
+    return WithText(*parts) if config.train_text_encoder else parts[0]
 
 
 class NewAndPrior(Dataset):
@@ -307,17 +319,7 @@ class PriorLoss:
         return loss + self.weight * kept, numbers | {"new": loss, "prior": kept}
 
 
-def what_moves(config: LoRATrainingConfig, unet: nn.Module, text_encoder: nn.Module):
-    """What `train_lora` trains: LoRAs of the models, or, with rank 0, themselves."""
-    parts = [unet, text_encoder] if config.train_text_encoder else [unet]
-    for model in parts:
-        model.requires_grad_(not config.rank)
-    if config.rank:
-        sizes = config.rank, config.alpha, config.layers
-        parts = [LoRA(model, *sizes) for model in parts]
-    return WithText(*parts) if config.train_text_encoder else parts[0]
-
-
+@owns_output_dir
 def train_lora(config: LoRATrainingConfig) -> StableDiffusion | None:
     """Fine-tune a UNet (and its text model) and return the changed pipeline.
 
@@ -363,8 +365,7 @@ def add_rows(
 
     Raises ValueError for a word that cannot be new, before anything is changed.
     """
-    for word in words:
-        check_word(pipe.tokenizer, word)
+    check_words(pipe.tokenizer, words)
     backend, text_encoder = pipe.tokenizer.backend, pipe.text_encoder
     backend.add_tokens(words)
     numbers = backend.convert_tokens_to_ids(words)
@@ -438,6 +439,7 @@ def load_word(pipe: StableDiffusion, path: str | Path, word: str | None = None) 
     return name
 
 
+@owns_output_dir
 def train_word(config: WordTrainingConfig) -> StableDiffusion | None:
     """Train one new row of the token embedding; returns the pipeline that knows it.
 

@@ -17,7 +17,8 @@ from jaxtyping import Int
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..run.checkpoints import find_start, save_checkpoint
+from ..run.checkpoints import check_end, find_start, keep_state, skip_step
+from ..run.folder import owns_output_dir
 from ..run.logs import Log, Meter, is_due, open_tracker, report
 from ..run.processes import (
     count_steps,
@@ -117,11 +118,11 @@ class Run:
     It starts with step `first`; `averaged` are the weights to draw with.
     """
 
-    def __init__(self, config: RunConfig, module: nn.Module, size: int):
+    def __init__(self, config: RunConfig, module: nn.Module, dataset: Dataset):
         self.accelerator = accelerator = make_accelerator(config)
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
         self.device, self.main = accelerator.device, accelerator.is_main_process
-        self.config = config = count_steps(config, size, self.world)
+        self.config = config = count_steps(config, len(dataset), self.world)
         self.pictures = pictures_per_step(config, self.world)
 
         self.module = module.to(self.device, memory_format=torch.channels_last)
@@ -138,17 +139,11 @@ class Run:
         self.stateful = {"model": module, "optimiser": optimiser, "meter": self.meter}
         if self.ema:
             self.stateful["ema"] = self.averaged
-        self.first = find_start(self, size)
+        self.first = find_start(self, dataset)
         open_tracker(self)
 
     def learning_rate(self, step: int) -> float:
         return self.config.learning_rate * learning_rate_at(step, self.config)
-
-    def save(self, step: int) -> None:
-        """Write a checkpoint of what is so after `step` steps."""
-        if self.main:
-            folder = Path(self.config.output_dir) / "checkpoints"
-            save_checkpoint(folder, step, self.stateful, self.config.keep_checkpoints)
 
 
 def take_step(run: Run, step: int, loss_of: Callable, batches) -> None:
@@ -178,12 +173,13 @@ def take_step(run: Run, step: int, loss_of: Callable, batches) -> None:
         run.optimiser.step()
     run.optimiser.zero_grad(set_to_none=True)
     if not finite:
-        return run.meter.skip(step)
+        return skip_step(run, step, means["loss"])
     run.meter.add(means)
     if run.ema:
         run.ema.update(run.module, step)
 
 
+@owns_output_dir
 def optimise(
     config: RunConfig, module: nn.Module, dataset: Dataset, loss_of: Callable,
     validate: Callable | None = None, collate: Callable | None = None,
@@ -196,8 +192,9 @@ def optimise(
     of whose pictures this one has the `rows`. Now and then `validate(module)` gives
     such a dict, and `sample(module)` an image, of the averaged weights. `output_dir`
     gets log.jsonl and checkpoints/. Ctrl-C writes one and raises KeyboardInterrupt.
+    One process at a time may train there.
     """
-    run, count = Run(config, module, len(dataset)), config.gradient_accumulation_steps
+    run, count = Run(config, module, dataset), config.gradient_accumulation_steps
     config = run.config
     sampler = StepSampler(
         len(dataset), run.pictures, config.seed, run.first, config.max_steps,
@@ -213,8 +210,12 @@ def optimise(
             report(run, step + 1, validate, sample)
             stop = note.is_written(run.accelerator)
             if stop or is_due(step + 1, config.checkpoint_every, config):
-                run.save(step + 1)
+                keep_state(run, step + 1)
             if stop:
-                note.interrupt(step + 1)
+                raise KeyboardInterrupt(
+                    f"after step {step + 1}; the same command goes on from step "
+                    f"{run.saved}"
+                )
+    check_end(run)
     unwrap(run.accelerator, run.module, run.wrapped)
     return run.averaged

@@ -10,7 +10,8 @@ from torch.utils.data import Subset
 
 from ..pipeline import StableDiffusion
 from ..run.configs import TrainingConfig
-from ..run.processes import is_main_process, make_accelerator
+from ..run.folder import owns_output_dir
+from ..run.processes import is_main_process, this_process
 from ..run.unet import make_noise_schedule, new_unet, open_frozen, prepare
 from .cache import Encoded, as_it_is
 from .loop import optimise
@@ -20,13 +21,14 @@ from .validation import Validation, sheet_of
 __all__ = ["train"]
 
 
+@owns_output_dir
 def train(config: TrainingConfig) -> StableDiffusion | None:
     """Train a UNet on a frozen VAE and text model, and save the whole pipeline.
 
     Says the plan first; with `dry_run` that is all. Writes the model to `output_dir`,
     which diffusers and `StableDiffusion.from_pretrained` open.
     """
-    device = make_accelerator(config).device
+    device = this_process().device
     sizes, dataset, shown, held = prepare(config)
     if config.dry_run:
         return None
