@@ -126,9 +126,9 @@ def is_of_type(value: Any, kind: Any, name: str = "") -> bool:
 class Config:
     """Base of the model configs: a frozen dataclass that reads and writes config.json.
 
-    Fields are named as in the reference library's file. More may stand there: what is
-    off, what `fixed` and `derived` say, and what `ignored` names for changing nothing.
-    The defaults are SD 1.5's; `families` says where those of others differ.
+    Fields are named as in the reference library's file. More may stand there: whatever
+    is off (None, False or 0), known or not; what `fixed` and `derived` say; and what
+    `ignored` names for changing nothing. The defaults are SD 1.5's, but for `families`.
     """
 
     fixed: ClassVar[dict[str, Any]] = {}
