@@ -27,11 +27,11 @@ from torch import Tensor
 __all__ = [
     "WeightsError", "naming", "write_atomically", "write_json", "save_weights",
     "sort_facts", "INDEX", "saving_together", "finish_saving", "no_file",
-    "list_folder", "read_json", "TOGETHER", "read_safetensors", "read_facts",
-    "check_sums", "wrong_sums", "STEMS", "KINDS", "VARIANTS", "weights_names",
-    "find_weights", "find_shards", "other_copies", "Ignored", "STAND_INS",
-    "ParameterDict", "read_pickle", "read_weights", "explain", "is_hub_id",
-    "lacks_weights", "fetch", "download",
+    "list_folder", "some", "read_json", "TOGETHER", "read_safetensors", "read_facts",
+    "check_sums", "STEMS", "KINDS", "VARIANTS", "weights_names", "find_weights",
+    "find_shards", "other_copies", "Ignored", "STAND_INS", "ParameterDict",
+    "read_pickle", "read_weights", "explain", "is_hub_id", "lacks_weights", "fetch",
+    "download",
 ]
 
 
@@ -171,9 +171,13 @@ def no_file(path: Path) -> str:
 
 
 def list_folder(folder: Path) -> str:
-    """The names in a folder (a dozen at most), for an error message."""
-    names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:12] + ["…"] * (len(names) > 12)) or "nothing"
+    """The names in a folder, for an error message."""
+    return some(sorted(path.name for path in folder.iterdir())) or "nothing"
+
+
+def some(names: list[str], most: int = 20) -> str:
+    """Names (or the first of them), for an error message."""
+    return ", ".join(names[:most] + ["…"] * (len(names) > most))
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -189,7 +193,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > 10**8:
             raise ValueError("it has more than 100 MB")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise WeightsError(
             f"{path} is not valid JSON ({error}); copy or save it again"
@@ -226,30 +230,29 @@ def read_facts(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def check_sums(path: Path) -> None:
-    """Raise WeightsError if a tensor is not as it was saved, by a file's own sums."""
-    state = path.stat()
-    wrong = wrong_sums(path, state.st_mtime_ns, state.st_size)
-    if wrong:
-        raise WeightsError(
-            f"{path} is damaged (wrong check sum: {', '.join(wrong[:5])}"
-            f"{', …' * (len(wrong) > 5)}); copy or download it again"
-        )
-
-
 @cache
-def wrong_sums(path: Path, *version: int) -> list[str]:
-    """The tensors whose check sum is wrong; each `version` of a file is read once."""
+def check_sums(path: Path, *version: int) -> None:
+    """Raise WeightsError if a tensor is not as it was saved, by a file's own sums.
+
+    `version` (its time and size) makes a program ask once.
+    """
     sums, wrong = json.loads(read_facts(path).get("crc32", "{}")), []
+    buffer = memoryview(bytearray(2**20))  # mapped pages would stay in memory
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length)) if sums else {}
-        for name in header.keys() & sums.keys():
-            begin, end = header[name]["data_offsets"]
+        for name in sorted(header.keys() & sums.keys()):
+            (begin, end), found = header[name]["data_offsets"], 0
             file.seek(8 + length + begin)
-            if crc32(file.read(end - begin)) != sums[name]:
+            while begin < end and (count := file.readinto(buffer[: end - begin])):
+                found, begin = crc32(buffer[:count], found), begin + count
+            if found != sums[name]:
                 wrong.append(name)
-    return sorted(wrong)
+    if wrong:
+        raise WeightsError(
+            f"{path} is damaged (wrong check sum: {some(wrong, 5)}); "
+            "copy or download it again"
+        )
 
 
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers and of transformers
@@ -396,8 +399,8 @@ def read_weights(path: str | Path, mapped: bool = True) -> dict[str, Tensor]:
     try:
         if path.suffix.lower() != ".safetensors":
             return read_pickle(path, mapped)
-        tensors = read_safetensors(path, mapped)
-        check_sums(path)
+        tensors, state = read_safetensors(path, mapped), path.stat()
+        check_sums(path, state.st_mtime_ns, state.st_size)
         return tensors
     except (OSError, WeightsError):
         raise

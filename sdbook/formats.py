@@ -26,13 +26,14 @@ from .files import (
     read_facts,
     read_json,
     read_weights,
+    some,
     write_json,
 )
-from .weights import family, some
+from .weights import family
 
 __all__ = [
     "UNET_RULES", "VAE_RULES", "OLD_VAE_RULES", "OPENCLIP_RULES", "as_pattern",
-    "count_places", "rename", "NAMINGS", "prefixes", "renamed_keys", "HARMLESS",
+    "count_places", "rename", "NAMINGS", "renamed_keys", "HARMLESS", "prefixes",
     "averaged_name", "take_averages", "split_projections", "fit_kernels",
     "bare_text_names", "text_half", "rename_all", "own_weights", "to_original",
     "PARTS", "write_index", "check_index", "model_folders", "shipped_models",
@@ -145,11 +146,6 @@ NAMINGS = {
 }
 
 
-def prefixes(diffusers_class: str) -> tuple[str, ...]:
-    """What the names of a network's weights begin with in an original file."""
-    return tuple(dict(NAMINGS[diffusers_class]))
-
-
 def renamed_keys(model: nn.Module, naming: int = 0) -> dict[str, str]:
     """Each key of the model's file, and what others call it: {ours: theirs}."""
     prefix, rules = NAMINGS[model.diffusers_class][naming]
@@ -164,6 +160,11 @@ HARMLESS = re.compile(
     r"|(first_stage_model\.)?loss\.|(embedding_manager|bundle_emb|denoiser)\."
     r"|(.*\.)?(logit_scale|text_projection(\.weight)?|attn_mask)$"
 )
+
+
+def prefixes(diffusers_class: str) -> tuple[str, ...]:
+    """What the names of a network's weights begin with in an original file."""
+    return tuple(dict(NAMINGS[diffusers_class]))
 
 
 def averaged_name(key: str) -> str:

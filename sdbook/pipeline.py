@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .clip import CLIPTextConfig, CLIPTextModel, Tokenizer
-from .files import read_json, save_weights, saving_together
+from .files import read_json, read_weights, save_weights, saving_together
 
 # Names that once stood here, for whoever imports them from here.
 from .formats import (  # noqa: F401
@@ -53,7 +53,7 @@ __all__ = [
     "prepare_prompts", "prepare_seeds", "prepare_guidance", "prepare_eta",
     "prepare_strength", "prepare_size", "check_latents", "picture_size",
     "prepare_pictures", "as_pixels", "SD15_SCHEDULE", "load_scheduler", "NETWORKS",
-    "find_sizes", "follow_file",
+    "find_sizes", "find_scheduler",
 ]
 
 
@@ -335,11 +335,7 @@ class StableDiffusion:
             networks[part] = network.from_pretrained(
                 source, dtype, variant, ema=ema, config=sizes[part]
             )
-        scheduler = make_scheduler("pndm", **SD15_SCHEDULE)
-        if folder:
-            scheduler = load_scheduler(folder / "scheduler")
-        if one_file:
-            scheduler = follow_file(scheduler, told_schedule(path, state))
+        scheduler = find_scheduler(path, folder)
         return cls(tokenizer=words, scheduler=scheduler, **networks)
 
 
@@ -623,8 +619,18 @@ def find_sizes(folder: Path | None, family: str) -> dict:
     return {part: one.config_class.of(family) for part, one in NETWORKS.items()}
 
 
-def follow_file(scheduler: Scheduler, told: dict) -> Scheduler:
-    """The scheduler with what a single file says of its training; DDIM if it must."""
-    can = set(told) <= set(scheduler.defaults)
+def find_scheduler(model: Path, folder: Path | None = None) -> Scheduler:
+    """The scheduler of a model's folder, or of one file: `folder`'s or SD 1.5's.
+
+    What a file tells of its training goes first; DDIM if that scheduler cannot.
+    """
+    folder = model if model.is_dir() else folder
+    told = {} if model.is_dir() else told_schedule(model, read_weights(model))
+    scheduler = make_scheduler("pndm", **SD15_SCHEDULE)
+    if folder:
+        scheduler = load_scheduler(folder / "scheduler")
+    if not told:
+        return scheduler
+    can = told.keys() <= scheduler.defaults.keys()
     kind = type(scheduler) if can else DDIMScheduler
     return kind.from_options(scheduler.options | told, foreign=True)

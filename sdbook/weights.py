@@ -23,12 +23,13 @@ from .files import (
     read_weights,
     save_weights,
     saving_together,
+    some,
     write_json,
 )
 
 __all__ = [
-    "load_strictly", "some", "CLUES", "WIDTHS", "family", "LIMITS", "is_of_type",
-    "Config", "Pretrained", "Undrawn", "build_empty", "fill", "refuse_options",
+    "load_strictly", "CLUES", "WIDTHS", "family", "LIMITS", "is_of_type", "Config",
+    "Pretrained", "Undrawn", "build_empty", "fill", "refuse_options",
 ]
 
 
@@ -66,11 +67,6 @@ def load_strictly(
             "pass it as config="
         )
     module.load_state_dict(state_dict, assign=True)
-
-
-def some(names: list[str]) -> str:
-    """Names (twenty at most), for an error message."""
-    return ", ".join(names[:20]) + ", …" * (len(names) > 20)
 
 
 CLUES = {

@@ -15,8 +15,11 @@ from safetensors.torch import load_file, save_file
 import sdbook.files
 from sdbook.clip import CLIPTextModel
 from sdbook.files import WeightsError, read_json, read_weights, save_weights
-from sdbook.formats import describe, to_original
-from sdbook.pipeline import StableDiffusion
+from sdbook.formats import describe, to_original, told_schedule
+from sdbook.pipeline import StableDiffusion, find_scheduler
+from sdbook.run.unet import check_schedule
+from sdbook.schedulers import PNDMScheduler
+from sdbook.training import TrainingConfig
 from sdbook.unet import UNet, UNetConfig
 from sdbook.vae import AutoencoderKL, VAEConfig
 
@@ -275,6 +278,8 @@ def test_absurd_sizes_are_named_before_memory_is_taken(folder, part, key, value)
 
 def test_json_that_is_nested_too_deeply_or_too_long(tmp_path):
     path = tmp_path / "config.json"
+    path.write_text('\ufeff{"a": 1}', encoding="utf-8")  # as Notepad saves it
+    assert read_json(path) == {"a": 1}
     path.write_text("[" * 100_000)
     with pytest.raises(WeightsError, match="config.json is not valid JSON"):
         read_json(path)
@@ -354,23 +359,22 @@ def test_marks_of_v_prediction_are_honoured(original, saved, tmp_path, zero):
     assert relative_error(found, reference("a red star", **options).images) < 1e-5
 
 
-def test_other_marks_and_the_scheduler_without_a_folder(original, tmp_path, pipe):
-    from sdbook.formats import told_schedule
-
+def test_other_marks_and_the_scheduler_without_a_folder(original, tmp_path):
     path = tmp_path / "model.safetensors"
     for told, expected in (("v", "v_prediction"), ("epsilon", None)):
         save_file(original, path, {"modelspec.prediction_type": told})
         found = told_schedule(path, read_weights(path))
         assert found.get("prediction_type") == expected
-    from sdbook.pipeline import SD15_SCHEDULE, follow_file
-    from sdbook.schedulers import make_scheduler
-
-    pndm = make_scheduler("pndm", **SD15_SCHEDULE)
-    v = {"prediction_type": "v_prediction"}
-    assert type(follow_file(pndm, v)) is type(pndm)
-    zero = follow_file(pndm, {**v, "rescale_betas_zero_snr": True})
-    assert zero.alphas_cumprod[-1].item() == 0
-    assert follow_file(pndm, {}).config == pndm.config
+    marks = {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}
+    save_file({**original, **marks}, path)
+    assert find_scheduler(path).alphas_cumprod[-1].item() == 0  # DDIM for PNDM
+    save_file({**original, "v_pred": marks["v_pred"]}, path)
+    assert isinstance(find_scheduler(path), PNDMScheduler)
+    assert find_scheduler(path).config.prediction_type == "v_prediction"
+    with pytest.warns(
+        UserWarning, match="prediction_type is epsilon, but .* trained with v_pr"
+    ):
+        check_schedule(TrainingConfig(pretrained=str(path)))
 
 
 @pytest.mark.parametrize("channels, task", [(8, "pix2pix"), (9, "inpainting")])
@@ -511,6 +515,19 @@ def test_one_file_of_stable_diffusion_2(second, tmp_path):
         for k, t in theirs.text_encoder.state_dict().items()
     }
     assert same(found, dict(ours.text_encoder.state_dict()))
+
+
+def test_the_text_half_of_an_openclip_file(second, tmp_path):
+    """open_clip_pytorch_model.safetensors: no prefix, and a half that sees pictures."""
+    expected = CLIPTextModel.from_pretrained(second / "text_encoder")
+    file = as_openclip(dict(expected.state_dict()), 2)
+    bare = {key.removeprefix("cond_stage_model.model."): t for key, t in file.items()}
+    bare |= {"visual.proj": torch.ones(2, 2), "visual.ln_post.bias": torch.ones(2)}
+    save_file(bare, tmp_path / "openclip.safetensors")
+    found = CLIPTextModel.from_pretrained(
+        tmp_path / "openclip.safetensors", config=expected.config
+    )
+    assert same(found, expected)
 
 
 def test_the_sizes_of_stable_diffusion_2_follow_from_a_file(tmp_path):
