@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .files import (
     WeightsError,
+    as_path,
     download,
     find_weights,
     finish_saving,
@@ -267,7 +268,7 @@ class Pretrained:
         or 2.1. Raises FileNotFoundError or WeightsError, which name the file and the
         remedy, and ValueError for a `variant` or `revision` of a file.
         """
-        dtype, path = dtype or torch.float32, Path(source)
+        dtype, path = dtype or torch.float32, as_path(source, "a model")
         one = path.is_file()
         if one:
             options = {"variant": variant, "revision": revision}

@@ -20,6 +20,7 @@ from sdbook.files import (
     write_atomically,
     write_json,
 )
+from sdbook.unet import UNetConfig
 from sdbook.weights import Config, Pretrained, build_empty, load_strictly
 
 
