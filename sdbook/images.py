@@ -112,8 +112,9 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         values, top = np.asarray(picture), 1 if picture.mode == "F" else 65_535
         if not 0 <= values.min() <= values.max() <= top:
             raise ValueError(f"pixels beyond 0 to {top:,}; save it with 8 bits")
-        values = values.astype(np.float32) / (top / 255)
-        picture = Image.fromarray(values.round().astype(np.uint8))
+        scaled = (values.astype(np.float32) / (top / 255)).round().astype(np.uint8)
+        scaled[values == picture.info.get("transparency", -1)] = 255
+        picture = Image.fromarray(scaled)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")

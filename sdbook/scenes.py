@@ -499,11 +499,9 @@ class CrowdedScenes(Scenes):
     def scene(self, index: int) -> Scene:
         """What stands in picture `index`, in which nothing is asked for or said."""
         rng = np.random.default_rng((self.seed, len(SPLITS), index))
-        things = []
+        things, kinds = [], (SHAPES, COLOURS, SIZES)
         for _ in range(rng.integers(1, 9)):
-            shape, colour, size = (
-                str(rng.choice(list(options))) for options in (SHAPES, COLOURS, SIZES)
-            )
+            shape, colour, size = (str(rng.choice(list(kind))) for kind in kinds)
             half = SIZES[size] * CELLS // 128
             x, y = rng.integers(half, CELLS - half + 1, 2) / CELLS
             if (shape, colour) not in HELD_OUT_PAIRS:
