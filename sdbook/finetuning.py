@@ -48,7 +48,7 @@ from .training.loop import optimise
 from .training.loss import DiffusionLoss
 from .words import (
     WORD_FILE,  # noqa: F401
-    check_word,
+    check_words,
     number_of,
     read_word,
     save_word,
@@ -366,8 +366,7 @@ def add_rows(
 
     Raises ValueError for a word that cannot be new, before anything is changed.
     """
-    for word in words:
-        check_word(pipe.tokenizer, word)
+    check_words(pipe.tokenizer, words)
     backend, text_encoder = pipe.tokenizer.backend, pipe.text_encoder
     backend.add_tokens(words)
     numbers = backend.convert_tokens_to_ids(words)
