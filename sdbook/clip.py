@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import fused_attention
-from .files import write_json
+from .files import as_path, write_json
 from .formats import bare_text_names, own_weights, text_half
 from .resblocks import ResBlock
 from .weights import Config, Pretrained
@@ -95,7 +95,7 @@ def write_vocabulary(
 
 def open_tokenizer(folder: str | Path):
     """The `transformers.CLIPTokenizer` of a folder; errors name the folder."""
-    folder = Path(folder)
+    folder = as_path(folder, "a tokenizer")
     if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         raise FileNotFoundError(
             f"{folder} holds no tokenizer (neither vocab.json nor tokenizer.json); "

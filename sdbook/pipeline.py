@@ -314,7 +314,7 @@ class StableDiffusion:
         if one_file:
             unused = dict(variant=variant, revision=revision)
             refuse_options(name, "a folder or a hub id", **unused)
-            folder = find_model(config, weights=False) if config else None
+            folder = None if config is None else find_model(config, weights=False)
             require(not folder or folder.is_dir(), f"config={str(config)!r} is a file, "
                     "but must be a folder with the sizes, in diffusers' layout")
         else:
@@ -324,7 +324,8 @@ class StableDiffusion:
             check_index(folder)
         state = check_checkpoint(path) if one_file else {}
         sizes = find_sizes(folder, family(state))
-        words = Tokenizer.from_pretrained(find_tokenizer(tokenizer or folder))
+        words = folder if tokenizer is None else tokenizer
+        words = Tokenizer.from_pretrained(find_tokenizer(words))
         if not folder and not tokenizer and family(state) == "SD 2.x":
             words.backend.pad_token = "!"  # where CLIP fills up with its end token
         # All that can be seen to be wrong is, before the slow part.

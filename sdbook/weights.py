@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from .files import (
     WeightsError,
+    as_path,
     download,
     find_weights,
     finish_saving,
@@ -133,9 +134,9 @@ def about(where: str | Path) -> Iterator[None]:
 class Config:
     """Base of the model configs: a frozen dataclass that reads and writes config.json.
 
-    Fields are named as in the reference library's file. More may stand there: what is
-    off, what `fixed` and `derived` say, and what `ignored` names for changing nothing.
-    The defaults are SD 1.5's; `families` says where those of others differ.
+    Fields are named as in the reference library's file. More may stand there: whatever
+    is off (None, False or 0), known or not; what `fixed` and `derived` say; and what
+    `ignored` names for changing nothing. The defaults are SD 1.5's, but for `families`.
     """
 
     fixed: ClassVar[dict[str, Any]] = {}
@@ -271,7 +272,7 @@ class Pretrained:
         or 2.1. Raises FileNotFoundError or WeightsError, which name the file and the
         remedy, and ValueError for a `variant` or `revision` of a file.
         """
-        dtype, path = dtype or torch.float32, Path(source)
+        dtype, path = dtype or torch.float32, as_path(source, "a model")
         one = path.is_file()
         if one:
             options = {"variant": variant, "revision": revision}

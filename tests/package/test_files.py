@@ -560,3 +560,29 @@ def test_the_sizes_of_stable_diffusion_2_follow_from_a_file(tmp_path):
     save_file({key: torch.zeros(1, 1024)}, path)
     assert UNet.find_config(path) == UNetConfig.of("SD 2.x")
     assert AutoencoderKL.find_config(path) == VAEConfig()
+
+
+@pytest.mark.parametrize("path", ["", " "])
+def test_an_empty_path_is_no_path(path, tmp_path, monkeypatch):
+    """Python reads it as "here", and here may well be a model."""
+    from sdbook.clip import Tokenizer
+    from sdbook.data import Scenes, write_folder
+    from sdbook.features import open_clip
+    from sdbook.formats import find_part, shipped_models
+    from sdbook.images import open_pictures
+
+    folders = shipped_models()
+    write_folder(Scenes(), tmp_path, 1)
+    for place, read in (
+        (folders["scenes"], StableDiffusion.from_pretrained),
+        (folders["scenes"], lambda path: find_part(path, "vae")),
+        (folders["scenes"] / "unet", UNet.from_pretrained),
+        (folders["scenes"] / "tokenizer", Tokenizer.from_pretrained),
+        (folders["clip"], open_clip),
+        (tmp_path, open_pictures),
+    ):
+        monkeypatch.chdir(place)
+        with pytest.raises(ValueError, match="the path of .* is '"):
+            read(path)
+    with pytest.raises(ValueError, match="the path of a tokenizer is '"):
+        StableDiffusion.from_pretrained("scenes", tokenizer=path)
