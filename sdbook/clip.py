@@ -105,7 +105,11 @@ def open_tokenizer(folder: str | Path):
     from transformers import CLIPTokenizer
 
     try:
-        return CLIPTokenizer.from_pretrained(str(folder))
+        backend = CLIPTokenizer.from_pretrained(str(folder))
+        length = backend.model_max_length
+        if type(length) not in (int, float) or not length > 2:
+            raise ValueError(f"model_max_length={length!r} is no number of tokens")
+        return backend
     except Exception as error:  # each file has its own way to be broken
         raise ValueError(
             f"the tokenizer in {folder} cannot be read ({error}); copy it again"

@@ -45,7 +45,7 @@ from .schedulers import (
 )
 from .unet import UNet, UNetConfig
 from .vae import AutoencoderKL, VAEConfig
-from .weights import family, refuse_options
+from .weights import about, family, refuse_options
 
 __all__ = [
     "guide", "StableDiffusion", "require", "check_parts", "check_tokenizer",
@@ -329,7 +329,8 @@ class StableDiffusion:
         if not folder and not tokenizer and family(state) == "SD 2.x":
             words.backend.pad_token = "!"  # where CLIP fills up with its end token
         # All that can be seen to be wrong is, before the slow part.
-        check_parts(sizes["vae"], sizes["text_encoder"], words, sizes["unet"])
+        with about(path):
+            check_parts(sizes["vae"], sizes["text_encoder"], words, sizes["unet"])
         networks = {}
         for part, network in NETWORKS.items():
             source = path if one_file else path / part

@@ -403,10 +403,26 @@ def test_a_tokenizer_without_a_length_takes_the_models(pipe, folder, length):
     assert json.loads(path.read_text())["model_max_length"] == 16
 
 
+@pytest.mark.parametrize("length", ["16", -1, True, [16]])
+def test_a_tokenizer_with_an_absurd_length_is_named(folder, length):
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    edit(path, model_max_length=length)
+    with pytest.raises(ValueError, match=f"{path.parent}.*model_max_length="):
+        StableDiffusion.from_pretrained(folder)
+
+
 def test_parts_that_do_not_fit_are_named_before_weights_are_read(folder):
-    edit(folder / "unet" / "config.json", cross_attention_dim=48)
     (folder / UNET).unlink()
-    with pytest.raises(ValueError, match="not trained together"):
+    path = folder / "unet" / "config.json"
+    edit(path, cross_attention_dim=48)
+    with pytest.raises(WeightsError, match=f"{folder}: .*not trained together"):
+        StableDiffusion.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("key", ["attention_head_dim", "norm_num_groups"])
+def test_sizes_that_cannot_be_built_name_the_folder(folder, key):
+    edit(folder / "unet" / "config.json", **{key: 3})
+    with pytest.raises(WeightsError, match=f"{folder}/unet: .*3"):
         StableDiffusion.from_pretrained(folder)
 
 
