@@ -17,6 +17,7 @@ from jaxtyping import Int
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..counts import counted
 from ..run.checkpoints import check_end, find_start, keep_state, skip_step
 from ..run.folder import owns_output_dir
 from ..run.logs import Log, Meter, is_due, open_tracker, report
@@ -65,8 +66,10 @@ class StepSampler(Sampler):
         self.rank, self.world, self.shares = rank, world, world * micro_batches
         if batch_size % self.shares:
             raise ValueError(
-                f"batch_size {batch_size} does not split over {world} processes in "
-                f"{micro_batches} micro-batches; give a multiple of {self.shares}"
+                f"batch_size {batch_size} does not split over "
+                f"{counted(world, 'process', 'processes')} in "
+                f"{counted(micro_batches, 'micro-batch', 'micro-batches')}; give a "
+                f"multiple of {self.shares}"
             )
 
     def __len__(self) -> int:
