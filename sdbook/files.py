@@ -26,7 +26,7 @@ from torch import Tensor
 
 __all__ = [
     "WeightsError", "naming", "write_atomically", "write_json", "save_weights",
-    "sort_facts", "INDEX", "saving_together", "finish_saving", "no_file",
+    "sort_facts", "as_path", "INDEX", "saving_together", "finish_saving", "no_file",
     "list_folder", "some", "read_json", "TOGETHER", "read_safetensors", "read_facts",
     "check_sums", "STEMS", "KINDS", "VARIANTS", "weights_names", "find_weights",
     "find_shards", "other_copies", "Ignored", "STAND_INS", "ParameterDict",
@@ -115,6 +115,13 @@ def sort_facts(path: Path) -> None:
             file.write(text.ljust(length))  # spaces at the end, as the format has it
 
 
+def as_path(path, what: str) -> Path:
+    """A path that somebody gave. Raises ValueError for an empty one, or none."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path).strip():
+        raise ValueError(f"the path of {what} is {path!r}; give a file or a folder")
+    return Path(path)
+
+
 INDEX = "model_index.json"  # without which no program opens a model's folder
 
 
@@ -125,7 +132,7 @@ def saving_together(folder: str | Path) -> Iterator[Path]:
     Interrupted before, all is as it was; after, `finish_saving` goes on. Other
     people's files stay. For one writer at a time.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "what to save")
     side = folder / ".saving"
     finish_saving(folder)
     shutil.rmtree(side, ignore_errors=True)  # of one that was killed

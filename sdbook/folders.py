@@ -342,7 +342,10 @@ def find_in_shards(pattern: str) -> tuple[list[tuple[Packed, str]], list[str]]:
                 lacks = "caption (.txt)" if kind else "picture"
                 has = ", ".join(sample)
                 found.problems.append(f"{name}: no {lacks}; it has {has}")
-    return found.check(pattern)
+    return found.check(
+        pattern, "; a sample is two files, such as 0001.png and 0001.txt, whose names "
+        "agree up to the first dot",
+    )  # fmt: skip
 
 
 def _row_bytes(path: str, rows, number: int, column: str) -> bytes:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .files import (
     INDEX,
     WeightsError,
+    as_path,
     download,
     finish_saving,
     is_hub_id,
@@ -355,7 +356,7 @@ def find_model(
 
     Raises FileNotFoundError, saying what there is, when it is none of them.
     """
-    shipped, path = shipped_models(), Path(name)
+    shipped, path = shipped_models(), as_path(name, "a model")
     whole = [one for one, folder in shipped.items() if (folder / INDEX).is_file()]
     known = f"shipped with the book: {', '.join(whole) or 'none found'}"
     finish_saving(path)
@@ -462,7 +463,7 @@ def find_part(name: str | os.PathLike, part: str, weights: bool = True) -> Path:
     `name` is that folder or file, a model that has the part, the name of one that ships
     with the book, or a hub id. Raises FileNotFoundError, saying what there is.
     """
-    path, shipped = Path(name), shipped_models()
+    path, shipped = as_path(name, f"a {part}"), shipped_models()
     here = path.is_file() or (path / part).is_dir() or any(path.glob("*config.json"))
     if not here and str(name) in shipped:
         path = shipped[str(name)]
@@ -482,8 +483,9 @@ CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # which all SD 1.x models shar
 
 def find_tokenizer(source: str | os.PathLike | None) -> Path:
     """The folder of a tokenizer, as `find_part` finds it; by default CLIP's own."""
+    name = CLIP_TOKENIZER if source is None else source
     try:
-        return find_part(source or CLIP_TOKENIZER, "tokenizer", weights=False)
+        return find_part(name, "tokenizer", weights=False)
     except FileNotFoundError as error:
         why = "" if source else "a single file holds no tokenizer, and "
         raise FileNotFoundError(f"{why}{error} as tokenizer=") from error

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
-from .files import is_hub_id, write_atomically
+from .files import as_path, is_hub_id, write_atomically
 from .folders import (
     IMAGE_SUFFIXES,
     find_captions,
@@ -322,7 +322,7 @@ class CaptionedRows(CaptionedImages):
 
 def open_pictures(path: str, *how, **options) -> CaptionedImages:
     """The pictures of a folder, of .tar or .parquet files, or of a set on the hub."""
-    folder, kind = Path(path).expanduser(), CaptionedImages
+    folder, kind = as_path(path, "pictures").expanduser(), CaptionedImages
     inside = [*folder.glob("*.parquet"), *folder.glob("data/*.parquet")]
     if path.endswith(".tar"):
         kind = CaptionedShards

@@ -45,7 +45,7 @@ from .schedulers import (
 )
 from .unet import UNet, UNetConfig
 from .vae import AutoencoderKL, VAEConfig
-from .weights import family, refuse_options
+from .weights import about, family, refuse_options
 
 __all__ = [
     "guide", "StableDiffusion", "require", "check_parts", "check_tokenizer",
@@ -314,7 +314,7 @@ class StableDiffusion:
         if one_file:
             unused = dict(variant=variant, revision=revision)
             refuse_options(name, "a folder or a hub id", **unused)
-            folder = find_model(config, weights=False) if config else None
+            folder = None if config is None else find_model(config, weights=False)
             require(not folder or folder.is_dir(), f"config={str(config)!r} is a file, "
                     "but must be a folder with the sizes, in diffusers' layout")
         else:
@@ -324,11 +324,13 @@ class StableDiffusion:
             check_index(folder)
         state = check_checkpoint(path) if one_file else {}
         sizes = find_sizes(folder, family(state))
-        words = Tokenizer.from_pretrained(find_tokenizer(tokenizer or folder))
+        words = folder if tokenizer is None else tokenizer
+        words = Tokenizer.from_pretrained(find_tokenizer(words))
         if not folder and not tokenizer and family(state) == "SD 2.x":
             words.backend.pad_token = "!"  # where CLIP fills up with its end token
         # All that can be seen to be wrong is, before the slow part.
-        check_parts(sizes["vae"], sizes["text_encoder"], words, sizes["unet"])
+        with about(path):
+            check_parts(sizes["vae"], sizes["text_encoder"], words, sizes["unet"])
         networks = {}
         for part, network in NETWORKS.items():
             source = path if one_file else path / part

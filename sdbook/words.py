@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .adapters import as_path, file_for
+from .adapters import file_for
 from .clip import Tokenizer, expand_words
-from .files import WeightsError, list_folder, read_weights, save_weights
+from .files import WeightsError, as_path, list_folder, read_weights, save_weights
 from .weights import WIDTHS
 
 WORD_FILE = "learned_embeds.safetensors"

@@ -425,7 +425,7 @@ def test_files_that_are_none(kind, content, pipe, tmp_path):
 
 @pytest.mark.parametrize("path", ["", None, 5])
 def test_a_path_that_is_none(path, pipe, tmp_path):
-    from sdbook.adapters import as_path
+    from sdbook.files import as_path
 
     with pytest.raises(ValueError, match="give a file or a folder"):
         as_path(path, "a LoRA")

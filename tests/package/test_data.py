@@ -1253,7 +1253,7 @@ def test_torn_shards_are_named(tmp_path, damage):
 def test_a_shard_without_a_usable_sample_says_so(tmp_path):
     """webdataset issue 237."""
     write_tar(tmp_path / "a.tar")
-    with pytest.raises(ValueError, match=r"a\.tar holds no picture with a caption"):
+    with pytest.raises(ValueError, match=r"a\.tar holds no .*up to the first dot"):
         CaptionedShards(tmp_path / "a.tar")
     write_tar(tmp_path / "b.tar", ("a.jpeg2", b""), ("a.txt", "a card"))
     with pytest.raises(ValueError, match=r"(?s)holds no.*a: no picture; it has jpeg2"):

@@ -403,10 +403,26 @@ def test_a_tokenizer_without_a_length_takes_the_models(pipe, folder, length):
     assert json.loads(path.read_text())["model_max_length"] == 16
 
 
+@pytest.mark.parametrize("length", ["16", -1, True, [16]])
+def test_a_tokenizer_with_an_absurd_length_is_named(folder, length):
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    edit(path, model_max_length=length)
+    with pytest.raises(ValueError, match=f"{path.parent}.*model_max_length="):
+        StableDiffusion.from_pretrained(folder)
+
+
 def test_parts_that_do_not_fit_are_named_before_weights_are_read(folder):
-    edit(folder / "unet" / "config.json", cross_attention_dim=48)
     (folder / UNET).unlink()
-    with pytest.raises(ValueError, match="not trained together"):
+    path = folder / "unet" / "config.json"
+    edit(path, cross_attention_dim=48)
+    with pytest.raises(WeightsError, match=f"{folder}: .*not trained together"):
+        StableDiffusion.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("key", ["attention_head_dim", "norm_num_groups"])
+def test_sizes_that_cannot_be_built_name_the_folder(folder, key):
+    edit(folder / "unet" / "config.json", **{key: 3})
+    with pytest.raises(WeightsError, match=f"{folder}/unet: .*3"):
         StableDiffusion.from_pretrained(folder)
 
 
@@ -544,3 +560,29 @@ def test_the_sizes_of_stable_diffusion_2_follow_from_a_file(tmp_path):
     save_file({key: torch.zeros(1, 1024)}, path)
     assert UNet.find_config(path) == UNetConfig.of("SD 2.x")
     assert AutoencoderKL.find_config(path) == VAEConfig()
+
+
+@pytest.mark.parametrize("path", ["", " "])
+def test_an_empty_path_is_no_path(path, tmp_path, monkeypatch):
+    """Python reads it as "here", and here may well be a model."""
+    from sdbook.clip import Tokenizer
+    from sdbook.data import Scenes, write_folder
+    from sdbook.features import open_clip
+    from sdbook.formats import find_part, shipped_models
+    from sdbook.images import open_pictures
+
+    folders = shipped_models()
+    write_folder(Scenes(), tmp_path, 1)
+    for place, read in (
+        (folders["scenes"], StableDiffusion.from_pretrained),
+        (folders["scenes"], lambda path: find_part(path, "vae")),
+        (folders["scenes"] / "unet", UNet.from_pretrained),
+        (folders["scenes"] / "tokenizer", Tokenizer.from_pretrained),
+        (folders["clip"], open_clip),
+        (tmp_path, open_pictures),
+    ):
+        monkeypatch.chdir(place)
+        with pytest.raises(ValueError, match="the path of .* is '"):
+            read(path)
+    with pytest.raises(ValueError, match="the path of a tokenizer is '"):
+        StableDiffusion.from_pretrained("scenes", tokenizer=path)
