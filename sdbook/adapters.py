@@ -9,7 +9,6 @@ understood is an error that names the file.
 import json
 import math
 import numbers
-import os
 import re
 from collections import Counter
 from fnmatch import fnmatchcase
@@ -19,7 +18,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .files import WeightsError, list_folder, read_json, read_weights, save_weights
+from .counts import counted
+from .files import (
+    WeightsError,
+    as_path,
+    list_folder,
+    read_json,
+    read_weights,
+    save_weights,
+)
 from .formats import UNET_RULES, rename
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks in a folder
@@ -69,13 +76,6 @@ OTHER_MODELS = {
     "a model with a transformer in place of the UNet": r"^(lora_)?transformer[._]",
 }
 INSTEAD = "merge it in the program that made it, or use a plain LoRA"
-
-
-def as_path(path, what: str) -> Path:
-    """A path that somebody gave. Raises ValueError for an empty one, or none."""
-    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise ValueError(f"the path of {what} is {path!r}; give a file or a folder")
-    return Path(path)
 
 
 def file_for(path, name: str, what: str) -> Path:
@@ -278,7 +278,8 @@ def refuse_rest(file: Path, rest: list[str], found: dict) -> None:
         guess = f", made for {made_for[0]}" if made_for else ""
         some = ", ".join(f"{key:.200}" for key in rest[:5])
         raise WeightsError(
-            f"{file} holds {len(rest)} tensors that fit nothing here ({some}){guess}; "
+            f"{file} holds what fits nothing here: {counted(len(rest), 'tensor')} "
+            f"({some}){guess}; "
             "give a LoRA for this model, with names such as unet.….lora_A.weight "
             "(diffusers) or lora_unet_….lora_down.weight (kohya)"
         )

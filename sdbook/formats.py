@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .files import (
     INDEX,
     WeightsError,
+    as_path,
     download,
     finish_saving,
     is_hub_id,
@@ -26,13 +27,14 @@ from .files import (
     read_facts,
     read_json,
     read_weights,
+    some,
     write_json,
 )
-from .weights import family, some
+from .weights import family
 
 __all__ = [
     "UNET_RULES", "VAE_RULES", "OLD_VAE_RULES", "OPENCLIP_RULES", "as_pattern",
-    "count_places", "rename", "NAMINGS", "prefixes", "renamed_keys", "HARMLESS",
+    "count_places", "rename", "NAMINGS", "renamed_keys", "HARMLESS", "prefixes",
     "averaged_name", "take_averages", "split_projections", "fit_kernels",
     "bare_text_names", "text_half", "rename_all", "own_weights", "to_original",
     "PARTS", "write_index", "check_index", "model_folders", "shipped_models",
@@ -145,11 +147,6 @@ NAMINGS = {
 }
 
 
-def prefixes(diffusers_class: str) -> tuple[str, ...]:
-    """What the names of a network's weights begin with in an original file."""
-    return tuple(dict(NAMINGS[diffusers_class]))
-
-
 def renamed_keys(model: nn.Module, naming: int = 0) -> dict[str, str]:
     """Each key of the model's file, and what others call it: {ours: theirs}."""
     prefix, rules = NAMINGS[model.diffusers_class][naming]
@@ -164,6 +161,11 @@ HARMLESS = re.compile(
     r"|(first_stage_model\.)?loss\.|(embedding_manager|bundle_emb|denoiser)\."
     r"|(.*\.)?(logit_scale|text_projection(\.weight)?|attn_mask)$"
 )
+
+
+def prefixes(diffusers_class: str) -> tuple[str, ...]:
+    """What the names of a network's weights begin with in an original file."""
+    return tuple(dict(NAMINGS[diffusers_class]))
 
 
 def averaged_name(key: str) -> str:
@@ -354,7 +356,7 @@ def find_model(
 
     Raises FileNotFoundError, saying what there is, when it is none of them.
     """
-    shipped, path = shipped_models(), Path(name)
+    shipped, path = shipped_models(), as_path(name, "a model")
     whole = [one for one, folder in shipped.items() if (folder / INDEX).is_file()]
     known = f"shipped with the book: {', '.join(whole) or 'none found'}"
     finish_saving(path)
@@ -461,7 +463,7 @@ def find_part(name: str | os.PathLike, part: str, weights: bool = True) -> Path:
     `name` is that folder or file, a model that has the part, the name of one that ships
     with the book, or a hub id. Raises FileNotFoundError, saying what there is.
     """
-    path, shipped = Path(name), shipped_models()
+    path, shipped = as_path(name, f"a {part}"), shipped_models()
     here = path.is_file() or (path / part).is_dir() or any(path.glob("*config.json"))
     if not here and str(name) in shipped:
         path = shipped[str(name)]
@@ -481,8 +483,9 @@ CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # which all SD 1.x models shar
 
 def find_tokenizer(source: str | os.PathLike | None) -> Path:
     """The folder of a tokenizer, as `find_part` finds it; by default CLIP's own."""
+    name = CLIP_TOKENIZER if source is None else source
     try:
-        return find_part(source or CLIP_TOKENIZER, "tokenizer", weights=False)
+        return find_part(name, "tokenizer", weights=False)
     except FileNotFoundError as error:
         why = "" if source else "a single file holds no tokenizer, and "
         raise FileNotFoundError(f"{why}{error} as tokenizer=") from error

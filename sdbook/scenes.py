@@ -363,12 +363,8 @@ def stands(
     direction must be the larger one of the two.
     """
     x, y = np.moveaxis(first.mean(axis=-2) - second.mean(axis=-2), -1, 0)
-    sideways, amount = {
-        "left": (y, -x),
-        "right": (y, x),
-        "above": (x, -y),
-        "below": (x, y),
-    }[relation]
+    ways = {"left": (y, -x), "right": (y, x), "above": (x, -y), "below": (x, y)}
+    sideways, amount = ways[relation]
     return amount > np.abs(sideways)
 
 
@@ -485,6 +481,10 @@ class Scenes(CaptionedDataset):
         held.odds = self.odds
         return list(range(self.length)), held
 
+    def for_vae(self, seed: int = 0) -> "CrowdedScenes":
+        """As many pictures, in which there is more to see."""
+        return CrowdedScenes(self.side, seed, self.length)
+
 
 class CrowdedScenes(Scenes):
     """Pictures crowded with up to eight things anywhere, for training a VAE.
@@ -499,11 +499,9 @@ class CrowdedScenes(Scenes):
     def scene(self, index: int) -> Scene:
         """What stands in picture `index`, in which nothing is asked for or said."""
         rng = np.random.default_rng((self.seed, len(SPLITS), index))
-        things = []
+        things, kinds = [], (SHAPES, COLOURS, SIZES)
         for _ in range(rng.integers(1, 9)):
-            shape, colour, size = (
-                str(rng.choice(list(options))) for options in (SHAPES, COLOURS, SIZES)
-            )
+            shape, colour, size = (str(rng.choice(list(kind))) for kind in kinds)
             half = SIZES[size] * CELLS // 128
             x, y = rng.integers(half, CELLS - half + 1, 2) / CELLS
             if (shape, colour) not in HELD_OUT_PAIRS:

@@ -5,6 +5,7 @@ What all have in common is `settings.RunConfig`.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from .settings import RunConfig, check_multiple, check_side, setting
 
@@ -81,6 +82,11 @@ class TrainingConfig(RunConfig):
     gradient_checkpointing: bool = setting(False, affects_steps=False)
     num_validation: int = setting(64, at_least=0)
     sample_prompts: tuple[str, ...] = setting((), affects_steps=False)
+
+    @property
+    def enough(self) -> int:
+        """Who goes on from a finished model needs fewer pictures."""
+        return 100 if self.pretrained else RunConfig.enough
 
     def __post_init__(self):
         super().__post_init__()
@@ -177,6 +183,8 @@ class FinetuningConfig(RunConfig):
         caption_dropout: share of captions replaced by "" (for guidance).
         snr_gamma: min-SNR weighting (Hang et al., 2023); 0 for none.
     """
+
+    enough: ClassVar[int] = 1
 
     dataset_path: str = "my-pictures"
     batch_size: int = 8
