@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from .counts import counted
 from .files import (
     WeightsError,
     as_path,
@@ -277,7 +278,8 @@ def refuse_rest(file: Path, rest: list[str], found: dict) -> None:
         guess = f", made for {made_for[0]}" if made_for else ""
         some = ", ".join(f"{key:.200}" for key in rest[:5])
         raise WeightsError(
-            f"{file} holds {len(rest)} tensors that fit nothing here ({some}){guess}; "
+            f"{file} holds what fits nothing here: {counted(len(rest), 'tensor')} "
+            f"({some}){guess}; "
             "give a LoRA for this model, with names such as unet.….lora_A.weight "
             "(diffusers) or lora_unet_….lora_down.weight (kohya)"
         )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import fused_attention
+from .counts import counted
 from .files import as_path, write_json
 from .formats import bare_text_names, own_weights, text_half
 from .resblocks import ResBlock
@@ -215,7 +216,7 @@ def warn_about_cut_words(lost: str, room: int) -> None:
     shown = " ".join(words[:12]) + (" …" if len(words) > 12 else "")
     warnings.warn(
         f"only {room} tokens of the prompt fit; the model does not see its last "
-        f"{len(words)} words: {shown!r}. Shorten the prompt",
+        f"{counted(len(words), 'word')}: {shown!r}. Shorten the prompt",
         stacklevel=4,
     )
 

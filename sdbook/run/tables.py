@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from ..counts import counted
 from ..files import naming, write_atomically
 from ..images import KEY_LENGTH
 
@@ -151,8 +152,9 @@ class Rows:
         if len(damaged):
             self.strike_out(damaged)
             raise ValueError(
-                f"{len(damaged)} rows of {self.folder} were damaged on the disk; the "
-                "same command makes them anew and goes on"
+                f"{self.folder} was damaged on the disk, in "
+                f"{counted(len(damaged), 'row')}; the same command makes them anew and "
+                "goes on"
             )
         return rows
 
@@ -185,8 +187,8 @@ class Rows:
             there = (keys != STRUCK_OUT[0]).any(1)
             damaged = np.flatnonzero((sums_of(keys, rows) != sums) & there)
             if len(damaged):
-                count = f"{len(damaged)} rows of {self.folder}"
-                warn(f"{count} are damaged, and are made anew")
+                count = counted(len(damaged), "damaged row")
+                warn(f"{self.folder}: {count}, made anew")
                 self.strike_out(damaged)
 
     def add_sums(self) -> None:

@@ -509,7 +509,7 @@ def test_damage_after_the_start_is_found_when_it_is_read(tmp_path):
         file.write(b"\x55")
     assert np.array_equal(table.read([0, 1, 2]), rows[:3])
     with pytest.raises(
-        ValueError, match="1 rows of .*table were damaged.*same command"
+        ValueError, match="table was damaged.* in 1 row; .*same command"
     ):
         table.read([2, 3, 4])
     with warnings.catch_warnings():
