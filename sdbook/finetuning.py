@@ -39,11 +39,10 @@ from .run.finetuning import (
     say_lora,
 )  # fmt: skip
 from .run.folder import owns_output_dir
-from .run.loading import as_it_is
 from .run.processes import is_main_process
 from .run.settings import open_dataset
 from .schedulers import change_scheduler
-from .training.cache import Encoded, caption_ids
+from .training.cache import Encoded, as_it_is, caption_ids
 from .training.loop import optimise
 from .training.loss import DiffusionLoss
 from .words import (

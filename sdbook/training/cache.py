@@ -88,6 +88,11 @@ def write_moments(
                 table.append(list(names), moments.half().cpu().numpy())
 
 
+def as_it_is(batch):
+    """The collation of `Encoded`, which already gives whole batches."""
+    return batch
+
+
 class Encoded(Dataset):
     """A dataset after its frozen parts: latents' moments and text states, in files.
 

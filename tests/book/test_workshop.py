@@ -56,7 +56,6 @@ FLOORS = {
     "run.curves": 4.3,
     "run.next_steps": 4.3,
     "run.checkpoints": 4.2,
-    "run.loading": 4.2,
     "run.logs": 4.2,
     "run.tables": 4.2,
     "run.folder": 4.18,
