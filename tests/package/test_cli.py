@@ -786,11 +786,16 @@ def test_values_are_kept_as_their_kind():
         ("train", {"beta_schedule": "squaredcos"}),
         ("train", {"prediction_type": "noise"}),
         ("train", {"seed": 2**64}),
+        ("sample", {"prompt": ("a \udcff star",)}),
+        ("train", {"output_dir": "models", "pretrained": "./models"}),
+        ("train-lora", {"output_dir": "models", "pretrained": "models"}),
         ("evaluate", {"num_prompts": 0}),
         ("evaluate", {"output_dir": "a", "compare_with": "./a"}),
     ],
 )
-def test_limits_of_settings(command, options):
+def test_limits_of_settings(command, options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
     with pytest.raises(ValueError, match=next(reversed(options))):
         EVERY[command](**options)
 
@@ -851,6 +856,12 @@ def test_a_mistyped_key_or_command(tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text("bach_size: 3\n")
     said = refused(capsys, ["train", "--config", tmp_path / "mine.yaml"])
     assert "did you mean batch_size?" in said
+    (tmp_path / "mine.yaml").write_text("seed: 3\nbatch_size: 2\nseed: 4\n")
+    said = refused(capsys, ["train", "--config", tmp_path / "mine.yaml"])
+    assert "mine.yaml has seed twice" in said
+    (tmp_path / "mine.yaml").write_bytes("output_dir: grün\n".encode("latin-1"))
+    said = refused(capsys, ["train", "--config", tmp_path / "mine.yaml"])
+    assert "mine.yaml:1: not UTF-8" in said and "iconv" in said
     (tmp_path / "mine.yaml").write_text("")
     assert "config" in refused(capsys, ["train", "--config", tmp_path / "mine.yaml"])
     with pytest.raises(SystemExit):
