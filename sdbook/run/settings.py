@@ -57,12 +57,14 @@ def facts_of(config_class: type, name: str) -> Mapping:
 
 
 def cleaned(value, kind) -> Any:
-    """A value as a settings class keeps it; TypeError if it is not of this kind.
+    """A value as a settings class keeps it; an error if it is not of this kind.
 
     Lists become tuples, paths texts, and NumPy's numbers Python's.
     """
     if get_origin(kind) is tuple and isinstance(value, list | tuple):
-        return tuple(cleaned(one, get_args(kind)[0]) for one in value)
+        value = tuple(cleaned(one, get_args(kind)[0]) for one in value)
+        "".join(map(str, value)).encode()  # half of a surrogate pair is no text
+        return value
     if kind is str and isinstance(value, str | os.PathLike):
         return os.fspath(value)
     if isinstance(value, bool) or kind is bool:
@@ -109,7 +111,7 @@ def check_setting(config, name: str) -> None:
     kind, choices, limits = demands(type(config), name)
     try:
         clean = cleaned(value, kind)
-    except (TypeError, OverflowError):
+    except (TypeError, OverflowError, UnicodeEncodeError):
         expected = say_demands(type(config), name)
         raise ValueError(f"{name} is {value!r}; give {expected}") from None
     if choices and clean not in choices:
@@ -151,6 +153,17 @@ def check_machine(config: "RunConfig") -> None:
         raise ValueError(
             f"log_with {package} needs a package that is not installed; run "
             f"`pip install {package}`, or set log_with to none"
+        )
+
+
+def check_places(config: "RunConfig", name: str) -> None:
+    """Raise ValueError if a run would write over the model that it starts from."""
+    given = getattr(config, name)
+    folder = Path(config.output_dir)
+    if given and folder.exists() and Path(given).resolve() == folder.resolve():
+        raise ValueError(
+            f"output_dir is {name}, {given}, and would be written over; choose another "
+            "output_dir"
         )
 
 
