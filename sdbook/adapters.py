@@ -98,7 +98,11 @@ def check_number(
     """
     kind = numbers.Real if at_least is None else numbers.Integral
     is_number = isinstance(value, kind) and not isinstance(value, bool)
-    if not is_number or not -1e300 < value < 1e300:  # NaN is not, either
+    try:
+        is_number = is_number and math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        is_number = False
+    if not is_number:
         what = "finite" if at_least is None else "whole"
         raise ValueError(f"{name} is {value!r:.60}; give a {what} number")
     if at_least is not None and value < at_least:

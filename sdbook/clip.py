@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from .attention import fused_attention
 from .counts import counted
-from .files import as_path, write_json
+from .files import as_path, saving_together, write_json
 from .formats import bare_text_names, own_weights, text_half
 from .resblocks import ResBlock
 from .weights import Config, Pretrained
@@ -181,9 +181,9 @@ class Tokenizer:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files of transformers' newer and older versions."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.backend.save_pretrained(str(folder))
-        write_older_files(self.backend, folder)
+        with saving_together(folder) as side:
+            self.backend.save_pretrained(str(side))
+            write_older_files(self.backend, side)
 
 
 def fit_to_length(backend, text: str, max_length: int) -> list[int]:

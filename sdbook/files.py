@@ -323,7 +323,10 @@ def find_shards(index: Path) -> list[Path]:
 
 
 def other_copies(path: Path) -> list[Path]:
-    """The weights beside `path` that some program could take in its place."""
+    """What some program would take beside or in place of `path`, though it is older."""
+    if path.name == "tokenizer_config.json":
+        more = ("added_tokens.json", "special_tokens_map.json")
+        return [path.with_name(name) for name in more if path.with_name(name).exists()]
     if path.name not in [f"{stem}.safetensors" for stem in STEMS]:
         return []
     found = set()

@@ -35,11 +35,11 @@ from .weights import family
 __all__ = [
     "UNET_RULES", "VAE_RULES", "OLD_VAE_RULES", "OPENCLIP_RULES", "as_pattern",
     "count_places", "rename", "NAMINGS", "renamed_keys", "HARMLESS", "prefixes",
-    "averaged_name", "take_averages", "split_projections", "fit_kernels",
-    "bare_text_names", "text_half", "rename_all", "own_weights", "to_original",
-    "PARTS", "write_index", "check_index", "model_folders", "shipped_models",
-    "find_model", "check_checkpoint", "TASKS", "check_task", "told_schedule",
-    "describe", "find_part", "CLIP_TOKENIZER", "find_tokenizer",
+    "averaged_name", "split_projections", "fit_kernels", "bare_text_names",
+    "text_half", "rename_all", "own_weights", "to_original", "PARTS", "write_index",
+    "check_index", "model_folders", "shipped_models", "find_model", "check_checkpoint",
+    "TASKS", "check_task", "told_schedule", "describe", "find_part", "CLIP_TOKENIZER",
+    "find_tokenizer",
 ]
 
 
@@ -173,18 +173,6 @@ def averaged_name(key: str) -> str:
     return "model_ema." + key.removeprefix("model.").replace(".", "")
 
 
-def take_averages(
-    part: dict[str, Tensor], state: dict[str, Tensor], names: set[str]
-) -> dict[str, Tensor]:
-    """The averaged copy of `names` in place of the other; what is unknown stays."""
-    averages = {averaged_name(name): name for name in names}
-    taken = {key: tensor for key, tensor in part.items() if key not in names}
-    for key, tensor in state.items():
-        if key.startswith("model_ema."):
-            taken[averages.get(key, key)] = tensor
-    return taken
-
-
 def split_projections(
     state: dict[str, Tensor], layers: int | None
 ) -> dict[str, Tensor]:
@@ -264,8 +252,11 @@ def own_weights(
     state = {key: t for key, t in state.items() if not HARMLESS.match(key)}
     state = split_projections(state, getattr(model.config, "num_hidden_layers", None))
     part = {key: t for key, t in state.items() if key.startswith(before)}
-    if ema and any(averaged_name(name) in state for name in ours):
-        part = take_averages(part, state, set(ours))
+    averages = {averaged_name(name): name for name in ours}
+    if ema and averages.keys() & state.keys():  # those, and what is left unknown
+        part = {key: t for key, t in part.items() if key not in ours}
+        copies = {key: t for key, t in state.items() if key.startswith("model_ema.")}
+        part |= {averages.get(key, key): t for key, t in copies.items()}
     if not part:  # this network alone, with or without the original's names
         part = {k: t for k, t in state.items() if not k.startswith("model_ema.")}
 

@@ -31,41 +31,42 @@ def check_words(tokenizer: Tokenizer, words: list[str]) -> None:
     vocabulary, added = backend.get_vocab(), backend.added_tokens_encoder
     known = [token.removesuffix("</w>") for token in vocabulary if token not in added]
     for word in words:
-        if not isinstance(word, str) or word.split() != [word]:
+        one = isinstance(word, str) and word.split() == [word] and len(word) < 200
+        if not one:
             raise ValueError(
-                f"{word!r} is not one word; give one without spaces, as <new>"
+                f"{word!r:.60} is not one word; give one without spaces, as <new>"
             )
         try:
             word.encode()
         except UnicodeEncodeError:
             raise ValueError(f"{word!r} is no text; give a word, as <new>") from None
-        pieces = backend.tokenize(word)
+        pieces, other = backend.tokenize(word), f"<{word.strip('<>')}-2>"
         if word in vocabulary or len(pieces) < 2:
             raise ValueError(
-                f"the tokenizer knows {word!r} already; choose another word, "
-                f"as <{word}>"
+                f"the tokenizer knows {word!r} already; choose another word, as {other}"
             )
         base = re.fullmatch(r"(.+)_\d+", word)
         if f"{word}_1" in vocabulary or (base and base[1] in added):
             raise ValueError(
                 f"{word!r} would be one word with several rows together with one that "
-                "was added already; choose another word"
+                f"was added already; choose another word, as {other}"
             )
         symbols = "".join(pieces).replace("</w>", "")
         if torn := sorted({token for token in known if symbols in token}):
             torn = [backend.convert_tokens_to_string([one]) for one in torn[:5]]
             raise ValueError(
                 f"{word!r} is a piece of words that the tokenizer knows, which it "
-                f"would tear ({', '.join(torn)}); choose another word, as <{word}>"
+                f"would tear ({', '.join(torn)}); choose another word, as {other}"
             )
 
 
 def number_of(tokenizer: Tokenizer, word: str) -> int:
     """The number of a word that is one token. Raises ValueError for any other."""
-    ids = tokenizer.backend(str(word), add_special_tokens=False)["input_ids"]
+    text = word if isinstance(word, str) else ""
+    ids = tokenizer.backend(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise ValueError(
-            f"{word!r} is {len(ids)} tokens; give a word that is one, such as a "
+            f"{word!r:.60} is {len(ids)} tokens; give a word that is one, such as a "
             "common one for what you teach"
         )
     return ids[0]

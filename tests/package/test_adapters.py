@@ -213,7 +213,12 @@ def test_what_peft_saves(rslora, safe, pipe, theirs, tmp_path):
     assert_same((both[0][0], both[1][1]), expected)
     (file,) = (tmp_path / "unet").glob("adapter_model.*")
     assert_same(ours_with(pipe, file), both[0])
-    (tmp_path / "unet/adapter_config.json").unlink()
+    settings = tmp_path / "unet/adapter_config.json"
+    for text in ("[" * 100_000, "[]", '{"lora_alpha": "8"}', '{"alpha_pattern": 5}'):
+        settings.write_text(text)
+        with pytest.raises(WeightsError, match=r"adapter_config\.json"):
+            load_lora(pipe, file)
+    settings.unlink()
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
         load_lora(pipe, file)
 
@@ -498,10 +503,10 @@ def taught():
         ("tar", "tear.*star"), ("OUS", "tear.*house"), ("", "one word"),
         (" ", "one word"), ("a word", "one word"), (" <x>", "one word"),
         ("<x>\n", "one word"), ("\ud800", "no text"),
+        pytest.param("y" * 10**6, "one word", id="long"),
     ],
 )  # fmt: skip
-def test_words_that_cannot_be_new(word, why, taught):
-    pipe = taught
+def test_words_that_cannot_be_new(word, why, pipe):
     if word == "pi":  # a piece of the vocabulary, whether or not this one learned it
         word = next(
             token for token in pipe.tokenizer.backend.get_vocab()

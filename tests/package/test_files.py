@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -87,18 +88,31 @@ class Killed(BaseException):
     """What no `except Exception` catches, as a kill."""
 
 
-@pytest.mark.parametrize("moment", [0, 9, 17, 18, 19, 24])
+@pytest.mark.parametrize("moment", [-14, -6, 0, 1, 2, 8])
 def test_an_interrupted_save_mixes_nothing(pipe, other, folder, monkeypatch, moment):
-    """Killed at any rename, the folder opens as the old model or as the new."""
+    """Killed at any rename, the folder opens as the old model or as the new.
+
+    The rename at moment 0 is the one that decides.
+    """
     (folder / "README.md").write_text("mine")
     (folder / "pictures").mkdir()
     (folder / "pictures" / "a.png").write_bytes(b"mine, too")
-    before, moves, replace = contents(folder), [], os.replace
+    before, sources, replace = contents(folder), [], os.replace
+
+    def counts(source, target):
+        sources.append(Path(source))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", counts)
+        other.save_pretrained(folder.with_name("other"))
+    left = sources.index(folder.with_name("other") / ".saving") + moment
 
     def dies(source, target):
-        if len(moves) == moment:
+        nonlocal left
+        if left == 0:
             raise Killed
-        moves.append(target)
+        left -= 1
         replace(source, target)
 
     with monkeypatch.context() as patch:
@@ -108,7 +122,7 @@ def test_an_interrupted_save_mixes_nothing(pipe, other, folder, monkeypatch, mom
         with pytest.raises(Killed):
             other.save_pretrained(folder)
     committed = not (folder / ".saving").exists()
-    assert committed == (moment > 17)  # the rename of the whole
+    assert committed == (moment > 0)
     if not committed:
         assert {k: v for k, v in contents(folder).items() if k[0] != "."} == before
     again = StableDiffusion.from_pretrained(folder)
@@ -166,6 +180,20 @@ def test_older_copies_of_the_weights_go(other, folder):
     assert sorted(path.name for path in (folder / "unet").iterdir()) == [
         "config.json", mine.name, "diffusion_pytorch_model.safetensors",
     ]  # fmt: skip
+
+
+def test_an_older_tokenizers_files_do_not_mix_with_the_new(pipe, folder):
+    """A folder of 2022 says its padding apart: Stable Diffusion 2's is another."""
+    for name, said in (
+        ("special_tokens_map", {"pad_token": "!"}),
+        ("added_tokens", {}),
+    ):
+        (folder / "tokenizer" / f"{name}.json").write_text(json.dumps(said))
+    old = StableDiffusion.from_pretrained(folder).tokenizer
+    assert old("a")[0, -1] == 0
+    pipe.tokenizer.save_pretrained(folder / "tokenizer")
+    again = StableDiffusion.from_pretrained(folder).tokenizer
+    assert torch.equal(again("a"), pipe.tokenizer("a"))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sets the limit of a file's size")
