@@ -84,7 +84,10 @@ def find_settings(name: str) -> str:
     folder, path = Path(__file__).with_name("configs"), Path(name)
     own = folder / f"{path.stem}.yaml"
     plain = path.name in (own.stem, own.name)
-    if path.is_file() or ":" in name:  # YAML itself is allowed, too
+    if path.is_file():
+        check_file(path)
+        return name
+    if ":" in name:  # YAML itself is allowed, too
         return name
     if plain and path.parent in (Path(), Path("sdbook/configs")) and own.is_file():
         return str(own)
@@ -93,6 +96,20 @@ def find_settings(name: str) -> str:
         f"there is no file {name}; give --config a YAML file, or one of these, which "
         f"ship with the book: {names}"
     )
+
+
+def check_file(path: Path) -> None:
+    """Raise ValueError for a YAML file that is no UTF-8, or has a key twice."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        from .folders import text_of
+
+        text_of(path.read_bytes(), path)  # which says what to do
+        raise
+    keys = re.findall(r"^(\w+) *:", text, re.M)
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"{path} has {twice[0]} twice; keep one")
 
 
 def make_parser(command: str, config_class: type):
@@ -157,7 +174,8 @@ def explain(error: str, command: str, parser, config_class: type) -> str:
     from .run.settings import say_demands
 
     known = [action.dest for action in parser._actions]
-    if found := re.match(r"unrecognized arguments: (.*)|Option '(.*?)'", error, re.S):
+    unknown = r"(?i)unrecognized arguments: (.*)|.*\b(?:option|key) '(.*?)' is not"
+    if found := re.match(unknown, error, re.S):
         words = found[2] or found[1]
         name = re.match(r"(-*)([\w-]*)", words)[2].replace("-", "_")
         if name in GONE:

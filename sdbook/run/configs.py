@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from .settings import RunConfig, check_multiple, check_side, setting
+from .settings import RunConfig, check_multiple, check_places, check_side, setting
 
 # Widths of the levels, residual blocks a level, which levels read the text (counted
 # from 0 at the top), attention heads, groups of every GroupNorm.
@@ -90,6 +90,7 @@ class TrainingConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_places(self, "pretrained")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError(
                 "rescale_betas_zero_snr makes the last timestep pure noise, from which "
@@ -195,6 +196,10 @@ class FinetuningConfig(RunConfig):
     pretrained: str = "scenes"
     caption_dropout: float = setting(0.1, at_least=0, at_most=1)
     snr_gamma: float = setting(5.0, at_least=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_places(self, "pretrained")
 
 
 @dataclass(frozen=True)

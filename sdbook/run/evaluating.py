@@ -89,6 +89,6 @@ def evaluate(config: EvaluationConfig) -> None:
     print((folder / "scores.md").read_text(encoding="utf-8"))
     if other:
         table = evaluation.compare(records, other["records"])
-        (folder / "comparison.md").write_text(table, encoding="utf-8")
+        reports.write_text(folder / "comparison.md", table)
         print(table)
     print(f"wrote {folder}")

@@ -127,6 +127,17 @@ def check_machine(config: "RunConfig") -> None:
         )
 
 
+def check_places(config: "RunConfig", name: str) -> None:
+    """Raise ValueError if a run would write over the model that it starts from."""
+    given = getattr(config, name)
+    folder = Path(config.output_dir)
+    if given and folder.exists() and Path(given).resolve() == folder.resolve():
+        raise ValueError(
+            f"output_dir is {name}, {given}, and would be written over; choose another "
+            "output_dir"
+        )
+
+
 def check_multiple(name: str, widths, divisor_name: str, divisor: int) -> None:
     """Raise ValueError unless every width is a multiple of the divisor."""
     if any(width % divisor for width in widths):
