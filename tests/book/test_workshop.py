@@ -72,8 +72,9 @@ FLOORS = {
     "data": 2.9,  # hands on the names of scenes and images
     "scenes": 2.5,
     "images": 2.3,
+    "formats": 2.4,
     "schedulers": 2.3,
-    "formats": 2.3,
+    "scheduler_options": 2.2,
     "weights": 2,
     "files": 1,
     "attention": 1,
