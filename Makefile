@@ -1,6 +1,7 @@
 # Each command below is a line or two that you could type yourself.
 
 PYTHON ?= python3
+REQUIREMENTS ?= requirements.txt
 CHAPTERS ?=
 BIN = .venv/bin
 
@@ -32,9 +33,8 @@ sample: .venv/.installed
 test: .venv/.installed
 	$(BIN)/ruff check
 	$(BIN)/python tools/book/export.py --check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile \
-	    --nbval-lax --nbval-current-env --nbval-cell-timeout=300 chapters
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	    --nbval-lax --nbval-current-env --nbval-cell-timeout=300 tests chapters
 	@echo "passed: lint; export check; unit, parity, fault and book tests;" \
 	    "every cell of $(words $(wildcard chapters/*.ipynb)) chapters"
 
@@ -57,11 +57,11 @@ lint: .venv/.installed
 bench: .venv/.installed
 	$(BIN)/python tools/benchmarks/bench.py
 
-.venv/.installed: requirements.txt pyproject.toml
+.venv/.installed: $(REQUIREMENTS) pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
 	    { echo "Python 3.10 or newer is needed, and $(PYTHON) is not:" \
 	    "name another, as in  make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 	@echo "installing PyTorch and the rest, about 5 GB; this takes some minutes"
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt --editable .
+	$(BIN)/python -m pip install --quiet --requirement $(REQUIREMENTS) --editable .
 	@touch $@

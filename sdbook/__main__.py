@@ -95,7 +95,7 @@ def sample(
         negative_prompt: what to steer away from.
         checkpoint_path: a shipped model's name, a folder, a hub id, or one original
             .safetensors or .ckpt file.
-        tokenizer_path: a folder or hub id with the tokenizer, which one file lacks.
+        tokenizer_path: a model (see above) with the tokenizer, which one file lacks.
         variant: of the weights' files, such as fp16.
         output_path: a PNG; further pictures get -1, -2, … before the suffix.
         image_size: height and width in pixels; the model's own by default.
@@ -300,6 +300,22 @@ def training_of(command: str):
     }[command]
 
 
+def find_settings(name: str) -> str:
+    """What `--config` names: a file, or one that ships, as `lora` or with its path."""
+    folder, path = Path(__file__).with_name("configs"), Path(name)
+    own = folder / f"{path.stem}.yaml"
+    plain = path.name in (own.stem, own.name)
+    if path.is_file() or ":" in name:  # YAML itself is allowed, too
+        return name
+    if plain and path.parent in (Path(), Path("sdbook/configs")) and own.is_file():
+        return str(own)
+    names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+    raise FileNotFoundError(
+        f"there is no file {name}; give --config a YAML file, or one of these, which "
+        f"ship with the book: {names}"
+    )
+
+
 def texts_of(prompt) -> list[str]:
     """The prompts of the command line, or of a YAML file, where one needs no list."""
     prompts = prompt if isinstance(prompt, list) else [prompt]
@@ -314,14 +330,19 @@ def texts_of(prompt) -> list[str]:
 
 def run(command: str, arguments: list[str]):
     """Parse a command's flags and call it."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    class ConfigFile(ActionConfigFile):
+        def __call__(self, parser, cfg, values, option_string=None):
+            super().__call__(parser, cfg, find_settings(values), option_string)
 
     parser = ArgumentParser(
         prog=f"sdbook {command}",
         description=COMMANDS[command],
         exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file with these keys")
+    words = "YAML file with these keys, or the name of one that ships, such as lora"
+    parser.add_argument("--config", action=ConfigFile, help=words)
     function = {"sample": sample, "evaluate": evaluate}.get(command)
     if command == "sample":  # without a type, so that no text is read as YAML
         words = {"nargs": "+", "required": True, "metavar": "TEXT"}

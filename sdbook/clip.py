@@ -27,9 +27,10 @@ from .weights import Config, Pretrained
 __all__ = [
     "START", "END", "byte_symbols", "merges_of", "learn_merges", "write_vocabulary",
     "open_tokenizer", "write_older_files", "Tokenizer", "fit_to_length",
-    "warn_about_cut_words", "learn_vocabulary", "CLIPTextConfig", "CLIPEmbeddings",
-    "causal_mask", "CLIPAttention", "quick_gelu", "CLIPMLP", "CLIPLayer",
-    "CLIPEncoder", "CLIPTextModel", "ImageTower", "contrastive_loss", "CLIP",
+    "expand_words", "warn_about_cut_words", "learn_vocabulary", "CLIPTextConfig",
+    "CLIPEmbeddings", "causal_mask", "CLIPAttention", "quick_gelu", "CLIPMLP",
+    "CLIPLayer", "CLIPEncoder", "CLIPTextModel", "ImageTower", "contrastive_loss",
+    "CLIP",
 ]
 
 
@@ -129,6 +130,11 @@ class Tokenizer:
         self.start_id: int = backend.bos_token_id
         self.end_id: int = backend.eos_token_id
 
+    def take_length(self, places: int) -> None:
+        """Take the text model's places where the tokenizer's files name no length."""
+        if self.max_length > 10**20:  # which is how transformers says so
+            self.max_length = self.backend.model_max_length = places
+
     def __len__(self) -> int:
         return len(self.backend)
 
@@ -143,7 +149,7 @@ class Tokenizer:
 
     def tokens(self, text: str) -> list[str]:
         """The pieces of a text, from start to end, without padding."""
-        ids = self.backend(text, verbose=False)["input_ids"]
+        ids = expand_words(self.backend, self.backend(text, verbose=False)["input_ids"])
         return self.backend.convert_ids_to_tokens(ids)
 
     def decode(self, ids: Int64[Tensor, "n"]) -> str:
@@ -177,12 +183,26 @@ class Tokenizer:
 def fit_to_length(backend, text: str, max_length: int) -> list[int]:
     """The ids of a text, cut (with a warning) or filled up to `max_length`."""
     end = backend.eos_token_id
-    ids = backend(text, verbose=False)["input_ids"]
+    ids = expand_words(backend, backend(text, verbose=False)["input_ids"])
     if len(ids) > max_length:
         lost = backend.decode(ids[max_length - 1 : -1])
         warn_about_cut_words(lost, max_length - 2)
         ids = ids[: max_length - 1] + [end]
-    return ids + [end] * (max_length - len(ids))
+    padding = backend.pad_token_id  # CLIP's is the end token, SD 2's is "!"
+    return ids + [end if padding is None else padding] * (max_length - len(ids))
+
+
+def expand_words(backend, ids: list[int]) -> list[int]:
+    """Ids, and after an added word its other rows: `<x>_1`, `<x>_2`, … (chapter 12)."""
+    added, expanded = backend.added_tokens_encoder, []
+    names = {number: name for name, number in added.items()}
+    for number in ids:
+        word, count = names.get(number), 0
+        while number is not None:
+            expanded.append(number)
+            count += 1
+            number = added.get(f"{word}_{count}") if word else None
+    return expanded
 
 
 def warn_about_cut_words(lost: str, room: int) -> None:
@@ -238,6 +258,20 @@ class CLIPTextConfig(Config):
         "initializer_factor", "initializer_range", "projection_dim",
         "transformers_version",
     )
+    families: ClassVar[dict[str, dict[str, Any]]] = {"SD 2.x": dict(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=23,
+        num_attention_heads=16, hidden_act="gelu", pad_token_id=0,
+    )}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "the config"):
+        """Read config.json; of a whole CLIP, the half that reads."""
+        known = {field.name for field in fields(cls)} | cls.fixed.keys()
+        return super().from_dict(text_half(values, known), where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds."""
+        return {**super().to_dict(), **self.fixed, "architectures": ["CLIPTextModel"]}
 
     def check(self) -> None:
         """Raise ValueError for heads that do not fit, and an unknown bend."""
@@ -250,16 +284,6 @@ class CLIPTextConfig(Config):
             raise ValueError(
                 f"hidden_act={self.hidden_act!r}; use 'quick_gelu' or 'gelu'"
             )
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "the config"):
-        """Read config.json; of a whole CLIP, the half that reads."""
-        known = {field.name for field in fields(cls)} | cls.fixed.keys()
-        return super().from_dict(text_half(values, known), where)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What config.json holds."""
-        return {**super().to_dict(), **self.fixed, "architectures": ["CLIPTextModel"]}
 
 
 class CLIPEmbeddings(nn.Module):

@@ -1,18 +1,26 @@
-"""The names of `scenes` and `images` in one place: `from sdbook.data import Scenes`."""
+"""The names of `scenes`, `images` and `folders` in one place."""
 
 # ruff: noqa: F401
 
-from .images import (
+from .folders import (
     IMAGE_SUFFIXES,
+    Found,
+    Packed,
+    find_captions,
+    find_files,
+    find_in_rows,
+    find_in_shards,
+    index_shard,
+)
+from .images import (
     KEY_LENGTH,
     CaptionedDataset,
     CaptionedImages,
+    CaptionedRows,
     CaptionedShards,
     Cut,
-    Stream,
-    find_captions,
     labelled_grid,
-    my_share,
+    open_pictures,
     read_picture,
     remembered,
     short_name,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .clip import CLIP, CLIPTextModel, Tokenizer
 from .files import read_weights, save_weights
-from .formats import model_folders
+from .formats import shipped_models
 from .images import to_pixels
 
 
@@ -112,7 +112,7 @@ def open_clip(name: str | Path = "clip") -> BookCLIP | TransformersCLIP:
 
     Raises FileNotFoundError, naming the three, for anything else.
     """
-    for folder in (Path(name), *(folder / name for folder in model_folders())):
+    for folder in (Path(name), shipped_models().get(str(name), Path(name))):
         if (folder / "clip.safetensors").is_file():
             return BookCLIP.from_pretrained(folder)
         if (folder / "preprocessor_config.json").is_file() or (

@@ -8,11 +8,16 @@ import json
 import os
 import pickle
 import re
+import shutil
+import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,10 +25,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 __all__ = [
-    "WeightsError", "write_atomically", "write_json", "save_weights", "read_json",
-    "list_folder", "TOGETHER", "read_safetensors", "find_weights", "find_shards",
-    "Ignored", "STAND_INS", "read_pickle", "read_weights", "explain", "WEIGHTS_NAMES",
-    "is_hub_id", "weights_patterns", "lacks_weights", "fetch", "download",
+    "WeightsError", "naming", "write_atomically", "write_json", "save_weights",
+    "sort_facts", "INDEX", "saving_together", "finish_saving", "no_file",
+    "list_folder", "read_json", "TOGETHER", "read_safetensors", "read_facts",
+    "check_sums", "wrong_sums", "STEMS", "KINDS", "VARIANTS", "weights_names",
+    "find_weights", "find_shards", "other_copies", "Ignored", "STAND_INS",
+    "ParameterDict", "read_pickle", "read_weights", "explain", "is_hub_id",
+    "lacks_weights", "fetch", "download",
 ]
 
 
@@ -31,14 +39,37 @@ class WeightsError(ValueError):
     """A config or weights file that cannot be used; says which and what to do."""
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Makes an OSError that names `path` and the way out of what writing can raise."""
+    try:
+        yield
+    except Exception as error:  # of this library or that
+        number = re.search(r"(?:Errno|os error) (\d+)", str(error))
+        if not number and not isinstance(error, OSError):
+            raise
+        reason = os.strerror(int(number[1])) if number else error
+        raise OSError(
+            *([int(number[1])] if number else []),
+            f"{path} could not be written ({reason}), and what was there is as before; "
+            "make room, or choose another folder",
+        ) from error
+
+
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a temporary path, then rename it to `path`."""
+    """Call `write` with a temporary path, then rename it to `path`.
+
+    Raises OSError, naming `path`, for a full disk and the like; an old file stays.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        os.replace(temporary, path)
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())  # a rename may come before the bytes
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -54,18 +85,95 @@ def save_weights(
 ) -> None:
     """Write tensors (and `facts` about them) as safetensors, atomically.
 
-    They may lie on any device and in any layout.
+    They may lie on any device and in any layout. The header keeps a check sum of each.
     """
     tensors = {
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, tensor in state_dict.items()
     }
+    flat = {key: tensor.reshape(-1) for key, tensor in tensors.items()}
+    sums = {key: crc32(x.view(torch.uint8).numpy()) for key, x in flat.items()}
+    facts = {"format": "pt", "crc32": json.dumps(sums), **facts}
 
     def write(file: Path) -> None:
-        save_file(tensors, file, metadata={"format": "pt", **facts})
+        save_file(tensors, file, metadata=facts)
+        sort_facts(file)
         file.chmod(0o644)  # safetensors' files are private; a model is for sharing
 
     write_atomically(path, write)
+
+
+def sort_facts(path: Path) -> None:
+    """Sort what a header says, which comes in any order: equal weights, equal bytes."""
+    with path.open("rb+") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))  # spaces at the end, as the format has it
+
+
+INDEX = "model_index.json"  # without which no program opens a model's folder
+
+
+@contextmanager
+def saving_together(folder: str | Path) -> Iterator[Path]:
+    """A folder to write to, whose files take their places in `folder` all at the end.
+
+    Interrupted before, all is as it was; after, `finish_saving` goes on. Other
+    people's files stay. For one writer at a time.
+    """
+    folder = Path(folder)
+    side = folder / ".saving"
+    finish_saving(folder)
+    shutil.rmtree(side, ignore_errors=True)  # of one that was killed
+    try:
+        with naming(folder):
+            side.mkdir(parents=True)
+            yield side
+            os.replace(side, folder / ".saved")  # from here on it is only finished
+    finally:
+        shutil.rmtree(side, ignore_errors=True)
+    finish_saving(folder)
+
+
+def finish_saving(folder: Path) -> None:
+    """Put files that were saved together into their places, also after a crash.
+
+    What would else mix with them goes: copies of older weights, an older index first.
+    """
+    saved = folder / ".saved"
+    if not saved.is_dir():
+        return
+    files = [path for path in saved.rglob("*") if path.is_file()]
+    if (saved / INDEX).is_file():
+        (folder / INDEX).unlink(missing_ok=True)
+    for file in sorted(files, key=lambda path: path.name == INDEX):
+        place = folder / file.relative_to(saved)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        for old in other_copies(place):
+            old.unlink()
+        os.replace(file, place)
+    shutil.rmtree(saved)
+
+
+def no_file(path: Path) -> str:
+    """Why a path cannot be read as a file, for an error message."""
+    if path.is_dir():
+        return f"{path} is a folder, not a file"
+    if path.exists():
+        return f"{path} is a pipe or a device, not a file"
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent} (for {path.name})"
+    return f"{path.parent} has no {path.name} (it has: {list_folder(path.parent)})"
+
+
+def list_folder(folder: Path) -> str:
+    """The names in a folder (a dozen at most), for an error message."""
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:12] + ["…"] * (len(names) > 12)) or "nothing"
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -74,30 +182,21 @@ def read_json(path: str | Path) -> dict[str, Any]:
     Raises FileNotFoundError if it is missing, WeightsError if it is no JSON object.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"there is no folder {path.parent}; give the folder that holds {path.name}"
-        )
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path.parent} has no {path.name} (it has: {list_folder(path.parent)}); "
-            "give a folder that save_pretrained wrote"
+            f"{no_file(path)}; give a folder that save_pretrained wrote"
         )
     try:
+        if path.stat().st_size > 10**8:
+            raise ValueError("it has more than 100 MB")
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(
             f"{path} is not valid JSON ({error}); copy or save it again"
         ) from error
     if not isinstance(values, dict):
         raise WeightsError(f"{path} holds no JSON object; is it another file's name?")
     return values
-
-
-def list_folder(folder: Path) -> str:
-    """The names in a folder (a dozen at most), for an error message."""
-    names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:12] + ["…"] * (len(names) > 12)) or "nothing"
 
 
 TOGETHER = 16  # tensors that can be let go together
@@ -119,6 +218,57 @@ def read_safetensors(path: Path, mapped: bool = True) -> dict[str, Tensor]:
     return tensors
 
 
+def read_facts(path: Path) -> dict[str, str]:
+    """What a safetensors file says about itself; nothing for other files."""
+    if path.suffix.lower() != ".safetensors":
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def check_sums(path: Path) -> None:
+    """Raise WeightsError if a tensor is not as it was saved, by a file's own sums."""
+    state = path.stat()
+    wrong = wrong_sums(path, state.st_mtime_ns, state.st_size)
+    if wrong:
+        raise WeightsError(
+            f"{path} is damaged (wrong check sum: {', '.join(wrong[:5])}"
+            f"{', …' * (len(wrong) > 5)}); copy or download it again"
+        )
+
+
+@cache
+def wrong_sums(path: Path, *version: int) -> list[str]:
+    """The tensors whose check sum is wrong; each `version` of a file is read once."""
+    sums, wrong = json.loads(read_facts(path).get("crc32", "{}")), []
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length)) if sums else {}
+        for name in header.keys() & sums.keys():
+            begin, end = header[name]["data_offsets"]
+            file.seek(8 + length + begin)
+            if crc32(file.read(end - begin)) != sums[name]:
+                wrong.append(name)
+    return sorted(wrong)
+
+
+STEMS = ("diffusion_pytorch_model", "model")  # of diffusers and of transformers
+KINDS = ("safetensors", "bin")  # the second are pickles
+VARIANTS = ("fp16", "bf16", "fp32", "non_ema")  # copies that people publish
+
+
+def weights_names(stem: str, copy: str, kind: str) -> tuple[str, str, list[str]]:
+    """What a network's weights may be called: one file, an index, patterns of shards.
+
+    `copy` is a variant, such as "fp16", or "" for the usual.
+    """
+    if (stem, kind) == ("model", "bin"):
+        stem = "pytorch_model"
+    mark, shard = f".{copy}" if copy else "", "-?????-of-?????"
+    shards = [f"{stem}{end}.{kind}" for end in (mark + shard, shard + mark)]
+    return f"{stem}{mark}.{kind}", f"{stem}.{kind}.index{mark}.json", shards
+
+
 def find_weights(
     folder: str | Path, name: str, variant: str | None = None
 ) -> list[Path]:
@@ -129,18 +279,16 @@ def find_weights(
     is not, and WeightsError for an index that is none.
     """
     folder, stem = Path(folder), Path(name).stem
-    old = "pytorch_model" if stem == "model" else stem
-    for copy in ("", "fp16") if variant is None else (variant,):
-        mark = f".{copy}" if copy else ""
-        for start, kind in ((stem, "safetensors"), (old, "bin")):
-            if (folder / f"{start}{mark}.{kind}").is_file():
-                return [folder / f"{start}{mark}.{kind}"]
-            index = folder / f"{start}.{kind}.index{mark}.json"
-            if index.is_file():
-                return find_shards(index)
-    wanted = f"{stem}.{variant}.safetensors" if variant else name
+    copies = ("", "fp16") if variant is None else (variant,)
+    for copy, kind in product(copies, KINDS):
+        file, index, _ = weights_names(stem, copy, kind)
+        if (folder / file).is_file():
+            return [folder / file]
+        if (folder / index).is_file():
+            return find_shards(folder / index)
+    wanted = weights_names(stem, variant or "", KINDS[0])[0]
     raise FileNotFoundError(
-        f"{folder} has no {wanted} (it has: {list_folder(folder)}); "
+        f"{no_file(folder / wanted)}; "
         "copy the weights file there, or save the model again"
     )
 
@@ -162,6 +310,18 @@ def find_shards(index: Path) -> list[Path]:
             f"has only: {list_folder(index.parent)}; copy or download all of it again"
         )
     return [index.parent / name for name in names]
+
+
+def other_copies(path: Path) -> list[Path]:
+    """The weights beside `path` that some program could take in its place."""
+    if path.name not in [f"{stem}.safetensors" for stem in STEMS]:
+        return []
+    found = set()
+    for copy, kind in product(("", *VARIANTS), KINDS):
+        file, index, shards = weights_names(path.stem, copy, kind)
+        for name in (file, index, *shards):
+            found |= set(path.parent.glob(name))
+    return sorted(found - {path})
 
 
 class Ignored:
@@ -189,12 +349,25 @@ STAND_INS = [
 ]
 
 
+class ParameterDict(dict):
+    """Stands in for PyTorch's, in which the first words of textual inversion lie."""
+
+    __module__ = "torch.nn.modules.container"
+
+    def __setstate__(self, state):
+        self.update(state["_parameters"])
+
+
+STAND_INS.append(ParameterDict)
+
+
 def read_pickle(path: Path, mapped: bool = True) -> dict[str, Tensor]:
     """The tensors of a pickle, which cannot run code while it is read."""
     mapped = mapped and zipfile.is_zipfile(path)  # older pickles cannot be mapped
     with torch.serialization.safe_globals(STAND_INS):
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    for shelf in ("state_dict", "string_to_param"):  # the second is A1111's for words
+        loaded = loaded.get(shelf, loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(loaded, dict):
         raise WeightsError(f"{path} holds a {type(loaded).__name__}, not named tensors")
     return {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
@@ -206,12 +379,12 @@ def read_weights(path: str | Path, mapped: bool = True) -> dict[str, Tensor]:
     They are pieces of the file, not copies. With `mapped=False` their memory can go
     bit by bit; a pickle is then read at once. A pickle is opened with
     `weights_only=True` and cannot run code. Raises FileNotFoundError for a missing
-    file, WeightsError for one that is cut short, foreign or dangerous; the message
-    names the file and the way out.
+    file, WeightsError for one that is cut short, damaged, foreign or dangerous; the
+    message names the file and the way out.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no weights file {path}")
+        raise FileNotFoundError(f"{no_file(path)}; give a file of weights")
     with path.open("rb") as file:
         start = file.read(32)
     if not start:
@@ -221,9 +394,11 @@ def read_weights(path: str | Path, mapped: bool = True) -> dict[str, Tensor]:
             f"{path} is a Git LFS pointer, not the weights; run `git lfs pull`"
         )
     try:
-        if path.suffix.lower() == ".safetensors":
-            return read_safetensors(path, mapped)
-        return read_pickle(path, mapped)
+        if path.suffix.lower() != ".safetensors":
+            return read_pickle(path, mapped)
+        tensors = read_safetensors(path, mapped)
+        check_sums(path)
+        return tensors
     except (OSError, WeightsError):
         raise
     except Exception as error:  # a torn pickle raises a dozen kinds
@@ -256,27 +431,17 @@ def explain(path: Path, error: Exception) -> Exception:
     )
 
 
-WEIGHTS_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
-
-
 def is_hub_id(name: str | os.PathLike) -> bool:
     """Whether a name looks like `owner/model` and is nothing on this machine."""
     looks = re.fullmatch(r"[\w-][\w.-]*/[^/]+", str(name))
     return bool(looks) and not Path(name).exists()
 
 
-def weights_patterns(mark: str, kind: str) -> list[str]:
-    """What weights files may be called, whole or in shards, of the older kind too."""
-    ends = (mark, f"{mark}-?????-of-?????", f"-?????-of-?????{mark}")
-    return [f"{name}{end}.{kind}" for name in WEIGHTS_NAMES for end in ends]
-
-
 def lacks_weights(folder: Path, variant: str) -> bool:
     """Whether a folder has a network's config but not its weights of this variant."""
-    for name in WEIGHTS_NAMES[:2]:
+    for name in STEMS:
         try:
-            find_weights(folder, name, variant)
-            return False
+            return not find_weights(folder, name, variant)
         except FileNotFoundError:
             pass
     return (folder / "config.json").is_file()
@@ -318,10 +483,11 @@ def download(
     texts = [s + text for s in starts.values() for text in ("*.json", "*.txt")]
     missing = list(folders) if weights else []
     copies = ("", "fp16") if variant is None else (variant,)
-    for copy, kind in product(copies, ("safetensors", "bin")):
-        files = weights_patterns(f".{copy}" if copy else "", kind)
-        wanted = [starts[folder] + file for folder in missing for file in files]
-        root = fetch(repository, revision, ["model_index.json", *texts, *wanted])
+    for copy, kind in product(copies, KINDS):
+        names = [weights_names(stem, copy, kind) for stem in STEMS]
+        names = [name for file, _, shards in names for name in (file, *shards)]
+        wanted = [starts[folder] + name for folder in missing for name in names]
+        root = fetch(repository, revision, [INDEX, *texts, *wanted])
         missing = [folder for folder in missing if lacks_weights(root / folder, copy)]
         if not missing:
             break

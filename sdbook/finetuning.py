@@ -3,7 +3,6 @@
 Generated from chapters/12_fine_tuning.ipynb; do not edit.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,20 +16,15 @@ from .adapters import (  # noqa: F401
     HALVES,
     LORA_FILE,
     LORA_PARTS,
-    WORD_FILE,
-    alpha_in,
-    copy_matrix,
+    check_number,
     lora_config,
     part_of,
-    read_config,
     read_lora,
-    read_word,
     refuse_rest,
+    save_lora,
     stem,
-    take_matrices,
-)  # fmt: skip
+)
 from .clip import Tokenizer
-from .files import save_weights
 from .pipeline import StableDiffusion
 from .run.configs import (
     FinetuningConfig,  # noqa: F401
@@ -44,18 +38,28 @@ from .run.finetuning import (
     say_finetuning,
     say_lora,
 )  # fmt: skip
+from .run.folder import owns_output_dir
 from .run.loading import as_it_is
 from .run.processes import is_main_process
 from .run.settings import open_dataset
+from .schedulers import change_scheduler
 from .training.cache import Encoded, caption_ids
 from .training.loop import optimise
 from .training.loss import DiffusionLoss
+from .words import (
+    WORD_FILE,  # noqa: F401
+    check_word,
+    number_of,
+    read_word,
+    save_word,
+    spelled,
+)
 
 __all__ = [
-    "LowRank", "ATTENTION_MAPS", "lora_layers", "LoRA", "save_lora", "take_pair",
-    "load_lora", "encode", "loss_for", "WithText", "LatentsWithIds", "NewAndPrior",
-    "PriorLoss", "what_moves", "train_lora", "add_word", "NewWords", "save_word",
-    "load_word", "train_word",
+    "LowRank", "ATTENTION_MAPS", "lora_layers", "LoRA", "take_pair", "load_lora",
+    "WithText", "encode", "loss_for", "LatentsWithIds", "what_moves", "NewAndPrior",
+    "PriorLoss", "train_lora", "add_rows", "add_word", "NewWords", "load_word",
+    "train_word",
 ]
 
 
@@ -63,11 +67,14 @@ class LowRank(nn.Module):
     """A change of one layer through a bottleneck: `up(down(x)) · alpha / rank`.
 
     Takes what the layer takes and gives what the layer gives; it starts as zero,
-    because `up` does. From Hu et al. (2022), section 4.1.
+    because `up` does. From Hu et al. (2022), section 4.1. Raises ValueError for a
+    rank below 1, and for an alpha that is no number.
     """
 
     def __init__(self, layer: nn.Module, rank: int, alpha: int | float):
         super().__init__()
+        check_number("rank", rank, at_least=1)
+        check_number("alpha", alpha)
         self.rank, self.alpha = rank, alpha
         if isinstance(layer, nn.Conv2d):
             self.down = nn.Conv2d(
@@ -118,7 +125,7 @@ class LoRA(nn.Module):
     times alpha / rank. `alpha` is `rank` by default, `layers` is for `lora_layers`;
     `pairs`, by layer, are ready ones in place of new ones. As a module it holds the
     pairs alone; called, it is the changed model. Several LoRAs may change one model.
-    Raises ValueError for a rank below 1.
+    Raises ValueError for numbers that cannot be meant.
     """
 
     def __init__(
@@ -127,14 +134,15 @@ class LoRA(nn.Module):
         pairs: dict[str, LowRank] | None = None,
     ):  # fmt: skip
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"rank is {rank}; give at least 1")
+        check_number("scale", scale)
         self.scale, self.merged = scale, []
         # Behind a function, the model is no part of this module or of its copies.
         self.model = lambda: model
         self.names, self.pairs, self.hooks = [], nn.ModuleList(), []
         if pairs is None:
             alpha, chosen = alpha or rank, lora_layers(model, layers)
+            full = max(min(one.weight.flatten(1).shape) for one in chosen.values())
+            check_number("rank", rank, at_least=1, at_most=full)  # a matrix has no more
             pairs = {name: LowRank(one, rank, alpha) for name, one in chosen.items()}
         for name, pair in pairs.items():
             self.add(name, pair)
@@ -193,43 +201,10 @@ class LoRA(nn.Module):
             hook.remove()
 
 
-def save_lora(path: str | Path, *loras: LoRA, kohya: bool = False) -> None:
-    """Write LoRAs of a UNet, of a text encoder, or of both into one file.
-
-    `path` is a .safetensors file or a folder. The layout is diffusers' (with PEFT's
-    config) or kohya's. `scale` is not written: it belongs to the user. Raises
-    ValueError for two LoRAs of the same model.
-    """
-    path, tensors, config = Path(path), {}, {}
-    path = path if path.suffix == ".safetensors" else path / LORA_FILE
-    parts = [part_of(lora.model()) for lora in loras]
-    if len(set(parts)) != len(parts) or not parts:
-        raise ValueError(
-            f"LoRAs of {', '.join(parts) or 'nothing'}; a file holds at most one of "
-            "each of unet, text_encoder"
-        )
-    for lora in loras:
-        config |= lora_config(lora)
-        for name, pair in zip(lora.names, lora.pairs, strict=True):
-            key = stem(lora.model(), name, kohya)
-            down, up = ("lora_down", "lora_up") if kohya else ("lora_A", "lora_B")
-            tensors[f"{key}.{down}.weight"] = pair.down.weight
-            tensors[f"{key}.{up}.weight"] = pair.up.weight
-            if kohya:
-                tensors[f"{key}.alpha"] = torch.tensor(float(pair.alpha))
-    facts = {} if kohya else {"lora_adapter_metadata": json.dumps(config)}
-    save_weights(tensors, path, **facts)
-
-
-def take_pair(layer, key: str, tensors: dict[str, Tensor]) -> LowRank | None:
-    """Take a layer's pair out of a file's tensors, or None if it has none."""
-    found = take_matrices(key, tensors)
-    if found is None:
-        return None
-    down, up, alpha = found
+def take_pair(layer: nn.Module, down: Tensor, up: Tensor, alpha) -> LowRank:
+    """A pair for a layer, with the matrices and the alpha of a file."""
     pair = LowRank(layer, len(down), alpha)
-    copy_matrix(pair.down, down, f"{key}: its down")
-    copy_matrix(pair.up, up, f"{key}: its up")
+    pair.load_state_dict({"down.weight": down, "up.weight": up})
     return pair
 
 
@@ -238,43 +213,20 @@ def load_lora(
 ) -> list[LoRA]:
     """Let a LoRA file change a pipeline; one LoRA for each model that it changes.
 
-    Reads diffusers' layout (a folder or file) and kohya's. Raises FileNotFoundError,
-    and WeightsError for a file that does not belong to the pipeline, before anything
-    is changed.
+    `path` is a file or a folder, of diffusers, PEFT or kohya. Raises
+    FileNotFoundError, and ValueError or WeightsError for a scale or a file that
+    cannot be meant, before anything is changed.
     """
-    (tensors, config), pairs = read_lora(path), {}
-    for part in LORA_PARTS:
-        model = getattr(pipe, part)
-        for name, layer in lora_layers(model, "all").items():
-            for kohya in (False, True):
-                key = stem(model, name, kohya)
-                if pair := take_pair(layer, key, tensors):
-                    pair.alpha = alpha_in(config, key, pair.alpha)
-                    pairs.setdefault(part, {})[name] = pair
-    refuse_rest(path, tensors, pairs)
-    return [
-        LoRA(getattr(pipe, part), scale=scale, pairs=found)
-        for part, found in pairs.items()
-    ]
-
-
-def encode(config, pipe: StableDiffusion, dataset: Dataset, name: str) -> Encoded:
-    """A dataset's latents and text states, once, in `output_dir/name`."""
-    return Encoded(
-        dataset, pipe.vae, pipe.text_encoder, pipe.tokenizer,
-        Path(config.output_dir) / name, config.num_workers,
-    )  # fmt: skip
-
-
-def loss_for(config, pipe: StableDiffusion, empty: Tensor) -> DiffusionLoss:
-    """Chapter 8's loss, with the noise schedule and the scale of a given model.
-
-    `empty` is what stands for the empty caption: its states (n, d), or ids (n,).
-    """
-    return DiffusionLoss(
-        pipe.scheduler, pipe.vae.config.scaling_factor, empty,
-        config.caption_dropout, config.snr_gamma,
-    )  # fmt: skip
+    check_number("scale", scale)
+    models, loras = {part: getattr(pipe, part) for part in LORA_PARTS}, []
+    for part, layers in read_lora(path, models).items():
+        model = models[part]
+        pairs = {
+            name: take_pair(model.get_submodule(name), *matrices)
+            for name, matrices in layers.items()
+        }
+        loras.append(LoRA(model, scale=scale, pairs=pairs))
+    return loras
 
 
 class WithText(nn.Module):
@@ -292,6 +244,26 @@ class WithText(nn.Module):
         return self.unet(x, t, self.text_encoder(ids))
 
 
+def encode(config, pipe: StableDiffusion, dataset: Dataset, name: str) -> Encoded:
+    """A dataset's latents and text states, once, in `output_dir/name`."""
+    return Encoded(
+        dataset, pipe.vae, pipe.text_encoder, pipe.tokenizer,
+        Path(config.output_dir) / name, config.num_workers,
+    )  # fmt: skip
+
+
+def loss_for(config, pipe: StableDiffusion, empty: Tensor) -> DiffusionLoss:
+    """Chapter 8's loss, with the noise schedule and the scale of a given model.
+
+    Whichever sampler the model came with, noise is added as DDPM does. `empty` is
+    what stands for the empty caption: its states (n, d), or ids (n,).
+    """
+    return DiffusionLoss(
+        change_scheduler(pipe.scheduler, "ddpm"), pipe.vae.config.scaling_factor, empty,
+        config.caption_dropout, config.snr_gamma,
+    )  # fmt: skip
+
+
 class LatentsWithIds(Dataset):
     """Latents with the token ids (n,) of their captions, in whole batches."""
 
@@ -303,6 +275,17 @@ class LatentsWithIds(Dataset):
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         return self.encoded.__getitems__(indices)[0], self.ids[indices]
+
+
+def what_moves(config: LoRATrainingConfig, unet: nn.Module, text_encoder: nn.Module):
+    """What `train_lora` trains: LoRAs of the models, or, with rank 0, themselves."""
+    parts = [unet, text_encoder] if config.train_text_encoder else [unet]
+    for model in parts:
+        model.requires_grad_(not config.rank)
+    if config.rank:
+        sizes = config.rank, config.alpha, config.layers
+        parts = [LoRA(model, *sizes) for model in parts]
+    return WithText(*parts) if config.train_text_encoder else parts[0]
 
 
 class NewAndPrior(Dataset):
@@ -337,17 +320,7 @@ class PriorLoss:
         return loss + self.weight * kept, numbers | {"new": loss, "prior": kept}
 
 
-def what_moves(config: LoRATrainingConfig, unet: nn.Module, text_encoder: nn.Module):
-    """What `train_lora` trains: LoRAs of the models, or, with rank 0, themselves."""
-    parts = [unet, text_encoder] if config.train_text_encoder else [unet]
-    for model in parts:
-        model.requires_grad_(not config.rank)
-    if config.rank:
-        sizes = config.rank, config.alpha, config.layers
-        parts = [LoRA(model, *sizes) for model in parts]
-    return WithText(*parts) if config.train_text_encoder else parts[0]
-
-
+@owns_output_dir
 def train_lora(config: LoRATrainingConfig) -> StableDiffusion | None:
     """Fine-tune a UNet (and its text model) and return the changed pipeline.
 
@@ -386,31 +359,34 @@ def train_lora(config: LoRATrainingConfig) -> StableDiffusion | None:
     return pipe
 
 
+def add_rows(
+    pipe: StableDiffusion, words: list[str], rows: Float[Tensor, "n d"]
+) -> list[int]:
+    """Teach a pipeline's tokenizer new words and give each a row; their numbers.
+
+    Raises ValueError for a word that cannot be new, before anything is changed.
+    """
+    for word in words:
+        check_word(pipe.tokenizer, word)
+    backend, text_encoder = pipe.tokenizer.backend, pipe.text_encoder
+    backend.add_tokens(words)
+    numbers = backend.convert_tokens_to_ids(words)
+    table = text_encoder.embeddings.token_embedding.weight.detach()
+    table = torch.cat([table[: numbers[0]], rows.to(table), table[numbers[-1] + 1 :]])
+    text_encoder.embeddings.token_embedding = nn.Embedding.from_pretrained(table)
+    text_encoder.config = replace(text_encoder.config, vocab_size=len(table))
+    return numbers
+
+
 def add_word(pipe: StableDiffusion, word: str, like: str | None = None) -> int:
-    """Teach a pipeline's tokenizer a new word and give it a row; returns its number.
+    """Teach a pipeline a new word of one row; returns its number.
 
     The row starts as that of the word `like`, or as the mean of all rows. Raises
     ValueError for a word that is known, or a `like` that is not one token.
     """
-    backend, text_encoder = pipe.tokenizer.backend, pipe.text_encoder
-    table = text_encoder.embeddings.token_embedding.weight.detach()
-    row = table.mean(0)
-    if like is not None:
-        ids = backend(like, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1:
-            raise ValueError(
-                f"{like!r} is {len(ids)} tokens; give a word that is one, such as a "
-                "common one for what you teach"
-            )
-        row = table[ids[0]]
-    if not backend.add_tokens(word):
-        raise ValueError(f"the tokenizer knows {word!r} already; choose another word")
-    number = backend.convert_tokens_to_ids(word)
-    table = torch.cat([table[:number], row[None], table[number + 1 :]])
-    embedding = nn.Embedding.from_pretrained(table)  # frozen
-    text_encoder.embeddings.token_embedding = embedding
-    text_encoder.config = replace(text_encoder.config, vocab_size=len(table))
-    return number
+    table = pipe.text_encoder.embeddings.token_embedding.weight.detach()
+    row = table.mean(0) if like is None else table[number_of(pipe.tokenizer, like)]
+    return add_rows(pipe, [word], row[None])[0]
 
 
 class NewWords(nn.Module):
@@ -448,33 +424,24 @@ class NewWords(nn.Module):
         table[self.numbers] = self.rows.to(table)
 
 
-def save_word(path: str | Path, pipe: StableDiffusion, word: str) -> None:
-    """Write a word and its row as diffusers does: `{word: (1, d)}`.
-
-    `path` is a .safetensors file or a folder. Raises ValueError for a word that the
-    pipeline was not taught.
-    """
-    path = Path(path)
-    path = path if path.suffix == ".safetensors" else path / WORD_FILE
-    if word not in (words := pipe.tokenizer.backend.get_added_vocab()):
-        raise ValueError(f"{word!r} is no added word; there are {', '.join(words)}")
-    table = pipe.text_encoder.embeddings.token_embedding.weight
-    save_weights({word: table[words[word]][None]}, path)
-
-
 def load_word(pipe: StableDiffusion, path: str | Path, word: str | None = None) -> str:
     """Teach a pipeline the word of a file (or folder), or call it `word`.
 
-    Raises FileNotFoundError, ValueError for a word that is known, and WeightsError
-    for what is not one row as wide as the text model.
+    Reads diffusers' and A1111's files; a word may have several rows. Raises
+    FileNotFoundError, ValueError for a word that is known, and WeightsError for what
+    does not fit the text model.
     """
-    name, row = read_word(path, pipe.text_encoder.config.hidden_size)
-    number = add_word(pipe, word or name)
-    table = pipe.text_encoder.embeddings.token_embedding.weight
-    table[number] = row.to(table)
-    return word or name
+    width, room = pipe.text_encoder.config.hidden_size, pipe.tokenizer.max_length - 2
+    name, rows = read_word(path, width, room)
+    name = name if word is None else word
+    try:
+        add_rows(pipe, spelled(name, len(rows)), rows)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error} (give it as word)") from error
+    return name
 
 
+@owns_output_dir
 def train_word(config: WordTrainingConfig) -> StableDiffusion | None:
     """Train one new row of the token embedding; returns the pipeline that knows it.
 

@@ -6,31 +6,38 @@ Generated from chapters/B_file_formats.ipynb; do not edit.
 import importlib.resources
 import os
 import re
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .files import (
+    INDEX,
     WeightsError,
     download,
+    finish_saving,
     is_hub_id,
     list_folder,
+    no_file,
+    read_facts,
     read_json,
     read_weights,
     write_json,
 )
-from .weights import family
+from .weights import family, some
 
 __all__ = [
-    "UNET_RULES", "VAE_RULES", "OLD_VAE_RULES", "as_pattern", "count_places", "rename",
-    "NAMINGS", "renamed_keys", "averaged_name", "is_for_training", "take_averages",
-    "rename_all", "own_weights", "squeeze_matrices", "bare_text_names", "text_half",
-    "to_original", "PARTS", "write_index", "check_index", "model_folders",
-    "shipped_models", "find_model", "check_checkpoint", "CLIP_TOKENIZER",
-    "find_tokenizer",
+    "UNET_RULES", "VAE_RULES", "OLD_VAE_RULES", "OPENCLIP_RULES", "as_pattern",
+    "count_places", "rename", "NAMINGS", "prefixes", "renamed_keys", "HARMLESS",
+    "averaged_name", "take_averages", "split_projections", "fit_kernels",
+    "bare_text_names", "text_half", "rename_all", "own_weights", "to_original",
+    "PARTS", "write_index", "check_index", "model_folders", "shipped_models",
+    "find_model", "check_checkpoint", "TASKS", "check_task", "told_schedule",
+    "describe", "find_part", "CLIP_TOKENIZER", "find_tokenizer",
 ]
 
 
@@ -82,6 +89,19 @@ OLD_VAE_RULES = (
 )
 
 
+OPENCLIP_RULES = (
+    ("text_model.embeddings.token_embedding.", "token_embedding."),
+    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    ("text_model.final_layer_norm.", "ln_final."),
+    ("text_model.encoder.layers.{layer}.", "transformer.resblocks.{layer}."),
+    (".self_attn.", ".attn."),
+    (".layer_norm1.", ".ln_1."),
+    (".layer_norm2.", ".ln_2."),
+    (".mlp.fc1.", ".mlp.c_fc."),
+    (".mlp.fc2.", ".mlp.c_proj."),
+)
+
+
 @cache
 def as_pattern(rule: str) -> re.Pattern:
     """`resnets.{layer}.` as a regular expression that finds the number."""
@@ -118,8 +138,16 @@ NAMINGS = {
     "AutoencoderKL": [
         ("first_stage_model.", VAE_RULES), ("first_stage_model.", OLD_VAE_RULES),
     ],
-    "CLIPTextModel": [("cond_stage_model.transformer.", ())],
+    "CLIPTextModel": [
+        ("cond_stage_model.transformer.", ()),
+        ("cond_stage_model.model.", OPENCLIP_RULES),
+    ],
 }
+
+
+def prefixes(diffusers_class: str) -> tuple[str, ...]:
+    """What the names of a network's weights begin with in an original file."""
+    return tuple(dict(NAMINGS[diffusers_class]))
 
 
 def renamed_keys(model: nn.Module, naming: int = 0) -> dict[str, str]:
@@ -129,14 +157,18 @@ def renamed_keys(model: nn.Module, naming: int = 0) -> dict[str, str]:
     return {key: prefix + rename(key, rules, model.config) for key in keys}
 
 
+# Names in single files on which no picture depends: what training, merging and other
+# programs leave there, and what a whole CLIP has besides its layers.
+HARMLESS = re.compile(
+    r"(?!positional_embedding$)[^.]+$|model_ema\.(decay|num_updates)$"
+    r"|(first_stage_model\.)?loss\.|(embedding_manager|bundle_emb|denoiser)\."
+    r"|(.*\.)?(logit_scale|text_projection(\.weight)?|attn_mask)$"
+)
+
+
 def averaged_name(key: str) -> str:
     """Where an original checkpoint keeps the running average (EMA) of a weight."""
     return "model_ema." + key.removeprefix("model.").replace(".", "")
-
-
-def is_for_training(key: str) -> bool:
-    """Whether an original checkpoint's key is no weight of the three networks."""
-    return key.startswith(("model_ema.", "loss.")) or "." not in key
 
 
 def take_averages(
@@ -144,12 +176,60 @@ def take_averages(
 ) -> dict[str, Tensor]:
     """The averaged copy of `names` in place of the other; what is unknown stays."""
     averages = {averaged_name(name): name for name in names}
-    counters = ("model_ema.decay", "model_ema.num_updates")  # of the averaging itself
     taken = {key: tensor for key, tensor in part.items() if key not in names}
     for key, tensor in state.items():
-        if key.startswith("model_ema.") and key not in counters:
+        if key.startswith("model_ema."):
             taken[averages.get(key, key)] = tensor
     return taken
+
+
+def split_projections(
+    state: dict[str, Tensor], layers: int | None
+) -> dict[str, Tensor]:
+    """OpenCLIP's query, key and value, one matrix in its files, as three.
+
+    Stable Diffusion 2 leaves out the last layer, which its files still have: the one
+    after our `layers`.
+    """
+    split = {}
+    for key, tensor in state.items():
+        start, found, kind = key.partition(".attn.in_proj_")
+        pieces = zip("qkv", tensor.chunk(3), strict=True) if found else ()
+        names = {f"{start}.attn.{one}_proj.{kind}": piece for one, piece in pieces}
+        split |= names or {key: tensor}
+    unused = f"transformer.resblocks.{layers}."
+    return {key: tensor for key, tensor in split.items() if unused not in key}
+
+
+def fit_kernels(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices and 1 × 1 convolutions, which are the same, as the model has them."""
+    expected = model.state_dict()
+
+    def fit(tensor: Tensor, shape: torch.Size) -> Tensor:
+        rest = {*tensor.shape[2:], *shape[2:]}
+        is_same = tensor.ndim > 1 and tensor.shape[:2] == shape[:2] and rest == {1}
+        return tensor.reshape(shape) if is_same else tensor
+
+    return {k: fit(t, expected[k].shape) if k in expected else t
+            for k, t in state.items()}
+
+
+def bare_text_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A text encoder's weights without `text_model.`; of a whole CLIP, its half."""
+    if any(key.startswith("vision_model.") for key in state):
+        state = {k: t for k, t in state.items() if k.startswith("text_model.")}
+    rest = ("visual.", "vision_model.")  # which sees pictures
+    state = {k: t for k, t in state.items() if not k.startswith(rest)}
+    state = {k: t for k, t in state.items() if not k.endswith("position_ids")}
+    return rename_all(state, lambda key: key.removeprefix("text_model."))
+
+
+def text_half(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    """A text encoder's config; of a whole CLIP's, the `known` options of its half."""
+    half = values.get("text_config")
+    if not isinstance(half, dict):
+        return values
+    return {key: value for key, value in half.items() if key in known}
 
 
 def rename_all(
@@ -176,55 +256,36 @@ def own_weights(
     copy, or with `ema=False` the other. Names that it does not know stay, so that
     strict loading can list them. Raises WeightsError for a weight with two names.
     """
-    namings = NAMINGS[model.diffusers_class]
-    prefix, ours = namings[0][0], {}
-    for naming in range(len(namings)):
+    before, ours = prefixes(model.diffusers_class), {}
+    for naming in range(len(NAMINGS[model.diffusers_class])):
         ours |= {name: key for key, name in renamed_keys(model, naming).items()}
-    part = {key: t for key, t in state.items() if key.startswith(prefix)}
+    state = {key: t for key, t in state.items() if not HARMLESS.match(key)}
+    state = split_projections(state, getattr(model.config, "num_hidden_layers", None))
+    part = {key: t for key, t in state.items() if key.startswith(before)}
     if ema and any(averaged_name(name) in state for name in ours):
         part = take_averages(part, state, set(ours))
-    if part:
-        return rename_all(part, lambda key: ours.get(key, key).removeprefix(prefix))
-    if any(ours.get(prefix + key, key) != key for key in state):
-        # The original's network alone, perhaps with what only training needed.
-        state = {key: t for key, t in state.items() if not is_for_training(key)}
-    return rename_all(state, lambda key: ours.get(prefix + key, key))
+    if not part:  # this network alone, with or without the original's names
+        part = {k: t for k, t in state.items() if not k.startswith("model_ema.")}
 
+    def our_name(key: str) -> str:
+        found = [ours[start + key] for start in ("", *before) if start + key in ours]
+        (bare,) = {key.removeprefix(s) for s in before if key.startswith(s)} or {key}
+        return found[0] if found else bare
 
-def squeeze_matrices(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Make matrices of the attention's 1 × 1 convolutions in original files."""
-    def squeeze(key: str, tensor: Tensor) -> Tensor:
-        is_matrix = ".attentions." in key and tensor.shape[2:] == (1, 1)
-        return tensor[:, :, 0, 0] if is_matrix else tensor
-
-    return {key: squeeze(key, tensor) for key, tensor in state.items()}
-
-
-def bare_text_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A text encoder's weights without `text_model.`; of a whole CLIP, its half."""
-    if any(key.startswith("vision_model.") for key in state):
-        state = {k: t for k, t in state.items() if k.startswith("text_model.")}
-    state = {k: t for k, t in state.items() if not k.endswith("position_ids")}
-    return rename_all(state, lambda key: key.removeprefix("text_model."))
-
-
-def text_half(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """A text encoder's config; of a whole CLIP's, the `known` options of its half."""
-    half = values.get("text_config")
-    if not isinstance(half, dict):
-        return values
-    return {key: value for key, value in half.items() if key in known}
+    return fit_kernels(model, rename_all(part, our_name))
 
 
 def to_original(model: nn.Module) -> dict[str, Tensor]:
     """The weights as an original Stable Diffusion file has them, ready to be saved."""
-    state_dict = model.rename_on_save(model.state_dict())
-    original = {}
-    for key, name in renamed_keys(model).items():
+    state_dict, original = model.rename_on_save(model.state_dict()), {}
+    openclip = getattr(model.config, "hidden_act", None) == "gelu"  # as in SD 2.x
+    for key, name in renamed_keys(model, naming=int(openclip)).items():
         tensor = state_dict[key]
         if ".attn_1." in name and tensor.ndim == 2:
             tensor = tensor[:, :, None, None]  # there, a 1 × 1 convolution
-        original[name] = tensor
+        name = re.sub(r"\.attn\.[qkv]_proj\.", ".attn.in_proj_", name)
+        first = [original[name]] if name in original else []
+        original[name] = torch.cat([*first, tensor]) if first else tensor
     return original
 
 
@@ -246,12 +307,12 @@ def write_index(folder: Path, scheduler: str) -> None:
     index |= {"_class_name": "StableDiffusionPipeline"}
     index |= {"_diffusers_version": "0.42.1"}  # that this layout was tested with
     index |= {"requires_safety_checker": False}
-    write_json(index, folder / "model_index.json")
+    write_json(index, folder / INDEX)
 
 
 def check_index(folder: Path) -> None:
     """Raise WeightsError for the folder of another kind of model."""
-    path = folder / "model_index.json"
+    path = folder / INDEX
     index = read_json(path)
     for part, (_, expected) in PARTS.items():
         entry = index.get(part)
@@ -262,7 +323,7 @@ def check_index(folder: Path) -> None:
             raise WeightsError(
                 f"{path} ({index.get('_class_name')}) has {part} = {found}, "
                 f"expected {expected or 'a scheduler'}; "
-                "give a Stable Diffusion 1.x model"
+                "give a Stable Diffusion 1.x or 2.x model"
             )
 
 
@@ -276,11 +337,12 @@ def model_folders() -> list[Path]:
 
 
 def shipped_models() -> dict[str, Path]:
-    """The models that need no download, by name."""
+    """What needs no download, by name: whole models, and CLIPs."""
     found = {}
     for folder in model_folders():
-        for index in sorted(folder.glob("*/model_index.json")):
-            found.setdefault(index.parent.name, index.parent)
+        for file in ("model_index.json", "clip.safetensors"):
+            for path in sorted(folder.glob(f"*/{file}")):
+                found.setdefault(path.parent.name, path.parent)
     return found
 
 
@@ -293,16 +355,20 @@ def find_model(
     Raises FileNotFoundError, saying what there is, when it is none of them.
     """
     shipped, path = shipped_models(), Path(name)
-    known = f"shipped with the book: {', '.join(shipped) or 'none found'}"
-    if (path / "model_index.json").is_file() or path.is_file():
+    whole = [one for one, folder in shipped.items() if (folder / INDEX).is_file()]
+    known = f"shipped with the book: {', '.join(whole) or 'none found'}"
+    finish_saving(path)
+    if (path / INDEX).is_file() or path.is_file():
         return path
-    if str(name) in shipped:
+    if str(name) in whole:
         return shipped[str(name)]
     if path.is_dir():
         raise FileNotFoundError(
-            f"{path} has no model_index.json (it has: {list_folder(path)}); "
+            f"{path} has no {INDEX} (it has: {list_folder(path)}); "
             f"give the folder that save_pretrained wrote, or a name ({known})"
         )
+    if path.exists():
+        raise FileNotFoundError(f"{no_file(path)}; give a model ({known})")
     if not is_hub_id(name):
         raise FileNotFoundError(
             f"there is no model {str(name)!r}; give a folder, an id like "
@@ -311,39 +377,112 @@ def find_model(
     return download(str(name), tuple(PARTS), revision, variant, weights)
 
 
-def check_checkpoint(path: Path) -> None:
-    """Raise WeightsError unless a file has all three networks and nothing else."""
-    state_dict = read_weights(path)
-    prefixes = {name: naming[0][0] for name, naming in NAMINGS.items()}
-    problems = [
-        f"no {name} (its keys begin with {prefix})"
-        for name, prefix in prefixes.items()
-        if not any(key.startswith(prefix) for key in state_dict)
+def check_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file; WeightsError unless they are all three networks."""
+    state = read_weights(path)
+    before = {name: prefixes(name) for name in NAMINGS}
+    missing = [
+        f"no {name} (its keys begin with {starts[0]})"
+        for name, starts in before.items()
+        if not any(key.startswith(starts) for key in state)
     ]
-    known = tuple(prefixes.values())
-    unknown = [key for key in state_dict if not key.startswith(known)]
-    unknown = [key for key in unknown if not is_for_training(key)]
-    if unknown:
-        rest = ", …" * (len(unknown) > 20)
-        problems += [f"{len(unknown)} unexpected ({', '.join(unknown[:20])}{rest})"]
-    if problems:
+    if missing:
         raise WeightsError(
-            f"{path} is not one whole Stable Diffusion 1.x checkpoint: "
-            f"{'; '.join(problems)}. By its names {family(state_dict)}. Give a "
-            "checkpoint of SD 1.x, or a folder in the diffusers layout"
+            f"{path} is not one whole Stable Diffusion checkpoint: "
+            f"{'; '.join(missing)}. By its names it looks like {family(state)}. Give a "
+            "checkpoint of SD 1.x or 2.x, or a folder in the diffusers layout"
         )
+    known = ("model_ema.", *(start for starts in before.values() for start in starts))
+    others = [k for k in state if not k.startswith(known) and not HARMLESS.match(k)]
+    if others:
+        raise WeightsError(
+            f"{path}: {len(others)} unexpected ({some(others)}), which none of the "
+            "three networks has; remove them, or save the model without them"
+        )
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    second = "first_stage_model.decoder.conv_in.weight"
+    if first in state and second in state:
+        check_task(state[first].shape[1], state[second].shape[1], path)
+    return state
+
+
+# What a UNet with more input channels than latents have is for.
+TASKS = {
+    5: "a depth-to-image model", 7: "an upscaler",
+    8: "an instruct-pix2pix model", 9: "an inpainting model",
+}
+
+
+def check_task(channels: int, latents: int, where: str | Path) -> None:
+    """Raise WeightsError for a UNet that reads more than latents; say what it is."""
+    if channels in TASKS and channels != latents:
+        raise WeightsError(
+            f"{where} is {TASKS[channels]}: its UNet reads {channels} channels, of "
+            f"which latents are {latents}, and needs another pipeline; give a "
+            "text-to-image model, which paints into pictures with image= and mask="
+        )
+
+
+def told_schedule(path: Path, state: dict[str, Tensor]) -> dict[str, Any]:
+    """A scheduler's options that a single file tells of its training.
+
+    Trainers mark v-prediction and zero terminal SNR with empty tensors, or in the
+    facts of the header. Stable Diffusion 2 without a mark: v, with a warning.
+    """
+    told = read_facts(path).get("modelspec.prediction_type", "")
+    if "v_pred" in state or told.startswith("v"):
+        zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        return {"prediction_type": "v_prediction", **(zero if "ztsnr" in state else {})}
+    if family(state) != "SD 2.x" or told:
+        return {}
+    warnings.warn(
+        f"{path} does not say what its UNet predicts; taken for v, as of SD 2.1 at "
+        "768 pixels. If all is noise, give as config= a folder whose scheduler says so",
+        stacklevel=3,
+    )
+    return {"prediction_type": "v_prediction"}
+
+
+def describe(path: str | Path) -> str:
+    """What a file of weights is, in a line; raises what `read_weights` raises."""
+    state = read_weights(path)
+    types = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
+    size = sum(tensor.nbytes for tensor in state.values()) / 1e6
+    fit = "crc32" in read_facts(Path(path))
+    return (
+        f"{Path(path).name}: {family(state)}; {len(state)} tensors, {size:,.1f} MB of "
+        f"{', '.join(sorted(types))}; {'check sums fit' if fit else 'no check sums'}"
+    )
+
+
+def find_part(name: str | os.PathLike, part: str, weights: bool = True) -> Path:
+    """Where a part of a model is, such as its `vae`: a folder, or one file.
+
+    `name` is that folder or file, a model that has the part, the name of one that ships
+    with the book, or a hub id. Raises FileNotFoundError, saying what there is.
+    """
+    path, shipped = Path(name), shipped_models()
+    here = path.is_file() or (path / part).is_dir() or any(path.glob("*config.json"))
+    if not here and str(name) in shipped:
+        path = shipped[str(name)]
+    elif is_hub_id(name):
+        path = download(str(name), (part, ""), weights=weights)
+    elif not path.exists():
+        raise FileNotFoundError(
+            f"there is no model {str(name)!r} (shipped with the book: "
+            f"{', '.join(shipped) or 'none found'}); give one of these names, an id "
+            "like owner/model, or a folder"
+        )
+    return path / part if (path / part).is_dir() else path
 
 
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # which all SD 1.x models share
 
 
 def find_tokenizer(source: str | os.PathLike | None) -> Path:
-    """The folder of a tokenizer: one itself, a model's, or a hub id (CLIP's)."""
-    path = Path(source or CLIP_TOKENIZER)
-    if is_hub_id(path):
-        try:
-            path = download(str(path), weights=False)
-        except FileNotFoundError as error:
-            why = "" if source else "a single file holds no tokenizer, and "
-            raise FileNotFoundError(f"{why}{error} as tokenizer=") from error
-    return path / "tokenizer" if (path / "tokenizer").is_dir() else path
+    """The folder of a tokenizer, as `find_part` finds it; by default CLIP's own."""
+    try:
+        return find_part(source or CLIP_TOKENIZER, "tokenizer", weights=False)
+    except FileNotFoundError as error:
+        why = "" if source else "a single file holds no tokenizer, and "
+        raise FileNotFoundError(f"{why}{error} as tokenizer=") from error

@@ -3,35 +3,38 @@
 Generated from chapters/C_folders_and_shards.ipynb; do not edit.
 """
 
-import csv
 import hashlib
 import io
-import itertools
 import json
 import os
-import random
-import tarfile
 import textwrap
 import warnings
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Subset, get_worker_info
+from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
-from .files import write_atomically
+from .files import is_hub_id, write_atomically
+from .folders import (
+    IMAGE_SUFFIXES,
+    find_captions,
+    find_files,
+    find_in_rows,
+    find_in_shards,
+    first_lines,
+)
 
 __all__ = [
-    "KEY_LENGTH", "to_pixels", "short_name", "my_share", "Stream", "CaptionedDataset",
-    "IMAGE_SUFFIXES", "find_captions", "to_rgb", "read_picture", "Cut",
-    "CaptionedImages", "remembered", "CaptionedShards", "labelled_grid",
+    "KEY_LENGTH", "to_pixels", "short_name", "CaptionedDataset", "to_rgb",
+    "read_picture", "Cut", "CaptionedImages", "remembered", "CaptionedShards",
+    "CaptionedRows", "open_pictures", "labelled_grid",
 ]
 
 
@@ -51,22 +54,6 @@ def short_name(*facts) -> str:
         data = fact if isinstance(fact, bytes) else str(fact).encode()
         digest.update(f"{len(data)} ".encode() + data)
     return digest.hexdigest()[:KEY_LENGTH]
-
-
-def my_share(items: list) -> list:
-    """Those of the items that this worker reads; all of them without workers."""
-    worker = get_worker_info()
-    return items[worker.id :: worker.num_workers] if worker else items
-
-
-class Stream(IterableDataset):
-    """What `rows(*arguments)` yields, asked anew in every worker."""
-
-    def __init__(self, rows: Callable[..., Iterator], *arguments):
-        self.rows, self.arguments = rows, arguments
-
-    def __iter__(self) -> Iterator:
-        return self.rows(*self.arguments)
 
 
 class CaptionedDataset(Dataset):
@@ -104,196 +91,23 @@ class CaptionedDataset(Dataset):
         order = np.random.default_rng(0).permutation(len(self)).tolist()
         return sorted(order[count:]), Subset(self, order[:count])
 
-    def unread(self, wanted: dict[str, int]) -> Dataset:
-        """`(key, pixels)` of the items numbered in `wanted`; None if unreadable."""
-        return Stream(self.look_for, wanted)
-
-    def look_for(self, wanted: dict[str, int]) -> Iterator[tuple[str, Tensor | None]]:
-        """This worker's share of `unread`."""
-        for key, number in my_share(list(wanted.items())):
-            yield key, self.read(number)
-
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
-
-def _read_text(path: Path) -> str:
-    data = path.read_bytes()
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data:
-        line, looks_like = 1, "UTF-16"
-    else:
-        try:
-            return data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            line = data.count(b"\n", 0, error.start) + 1
-            looks_like = "ISO-8859-1"  # Latin-1
-    raise ValueError(
-        f"{path}:{line}: not UTF-8, it looks like {looks_like}; save it again as "
-        f"UTF-8, for example with: iconv -f {looks_like} -t UTF-8 old.txt > new.txt"
-    )
-
-
-def _listed(lines: list[str], most: int = 20) -> str:
-    more = [f"… and {len(lines) - most} more"] if len(lines) > most else []
-    return "".join(f"\n  {line}" for line in lines[:most] + more)
-
-
-def _raise_broken(path: Path, broken: list[str]) -> None:
-    """One error for all that is broken, so that it can be mended in one go."""
-    if broken:
-        raise ValueError(f"{len(broken)} broken in {path}:{_listed(broken)}")
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, dict | str]]:
-    """Yield (where, row) or (where, what is wrong) for every line of a table."""
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
-    try:
-        columns = [name for name in reader.fieldnames or [] if name]
-        if "file_name" not in columns or not {"caption", "text"} & set(columns):
-            wrong = f"needs columns file_name and caption (or text), has {columns}"
-            yield f"{path}:1", wrong
-            return
-        for row in reader:
-            wrong = "more cells than columns; put captions with commas in quotes"
-            yield f"{path}:{reader.line_num}", wrong if None in row else row
-    except csv.Error as error:  # in the row after the last good one
-        yield f"{path}:{reader.line_num + 1}", str(error)
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, dict | str]]:
-    """The same for JSON lines."""
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            row = f"not JSON: {error.msg}"
-        if not isinstance(row, dict | str) or line.lstrip()[0] == '"':
-            row = f"not a JSON object: {line[:60]}"
-        yield f"{path}:{number}", row
-
-
-def _read_table(path: Path) -> list[tuple[str, str, str]]:
-    """List (where, file name, caption) for every row of metadata.csv or .jsonl."""
-    entries, broken = [], []
-    for where, row in (_csv_rows if path.suffix == ".csv" else _json_rows)(path):
-        if isinstance(row, str):
-            broken.append(f"{where}: {row}")
-            continue
-        name = row.get("file_name")
-        said = [row[key] for key in ("caption", "text") if row.get(key) is not None]
-        if not name or not said or not all(isinstance(v, str) for v in (name, *said)):
-            broken.append(f"{where}: needs file_name and caption (or text), has {row}")
-            continue
-        place = PureWindowsPath(name)  # knows both kinds of slash
-        if place.anchor or ".." in place.parts:
-            broken.append(f"{where}: {name} leaves the folder; move it inside")
-            continue
-        entries.append((where, name, next(filter(str.strip, said), "")))
-    _raise_broken(path, broken)
-    return entries
-
-
-def _from_table(path: Path, table: Path) -> tuple[list[tuple[Path, str]], list[str]]:
-    pairs, problems, named = [], [], set()
-    pictures = _files(path, IMAGE_SUFFIXES)
-    there = set(pictures)
-    for where, name, caption in _read_table(table):
-        name = name if name in there else Path(name).as_posix()  # ./a//b.png: a/b.png
-        named.add(name)
-        if name not in there and not (path / name).is_file():
-            problems.append(f"{where}: no picture {name}")
-        elif not caption.strip():
-            problems.append(f"{where}: the caption of {name} is empty")
-        else:
-            pairs.append((path / name, caption))
-    strangers = [path / name for name in pictures if name not in named]
-    return pairs, problems + [f"{file}: no caption" for file in strangers]
-
-
-def _files(folder: Path, suffixes: set[str]) -> list[str]:
-    """Names of files with such endings, in order; hidden ones are not meant for us."""
-    names = []
-    for place, _, files in os.walk(folder):
-        inside = (Path(place).relative_to(folder).as_posix() + "/").removeprefix("./")
-        names += [
-            inside + name
-            for name in files
-            if os.path.splitext(name)[1].lower() in suffixes and name[0] != "."
-        ]
-    return sorted(names)
-
-
-def _from_texts(path: Path) -> tuple[list[tuple[Path, str]], list[str]]:
-    images = path / "images" if (path / "images").is_dir() else path
-    texts = path / "captions" if (path / "captions").is_dir() else images
-    pairs, problems, broken, pictures = [], [], [], {}
-    captions = {os.path.splitext(name)[0]: name for name in _files(texts, {".txt"})}
-    for name in _files(images, IMAGE_SUFFIXES):
-        key = os.path.splitext(name)[0]
-        if key in pictures:
-            first = os.path.basename(pictures[key])
-            problems.append(f"{images / name}: same name as {first}; rename one")
-            continue
-        pictures[key] = name
-        if key not in captions:
-            problems.append(f"{images / name}: no caption")
-            continue
-        file = texts / captions[key]
-        try:
-            caption = _read_text(file)
-        except ValueError as error:
-            broken.append(str(error))
-            continue
-        if caption.strip():
-            pairs.append((images / name, caption))
-        else:
-            problems.append(f"{file}: the caption is empty")
-    alone = [texts / name for key, name in captions.items() if key not in pictures]
-    _raise_broken(path, broken)
-    return pairs, problems + [f"{file}: no picture" for file in alone]
-
-
-def find_captions(path: Path) -> tuple[list[tuple[Path, str]], list[str]]:
-    """List a folder's (picture, caption) pairs, and what has no partner.
-
-    Reads metadata.csv or metadata.jsonl when there is one, else `images/` with
-    `captions/*.txt`, else pictures with a .txt of the same name beside them.
-    Raises `FileNotFoundError` without the folder, `ValueError` for one with nothing
-    usable and for anything broken, naming file and line.
-    """
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"no folder {path}; give one with images/ and captions/, with "
-            "pictures and .txt files side by side, or with metadata.csv or .jsonl"
-        )
-    tables = [path / f"metadata.{kind}" for kind in ("csv", "jsonl")]
-    tables = [table for table in tables if table.is_file()]
-    if len(tables) == 2:
-        raise ValueError(f"{path} has metadata.csv and metadata.jsonl; keep one")
-    pairs, problems = _from_table(path, tables[0]) if tables else _from_texts(path)
-    if not pairs:
-        raise ValueError(
-            f"{path} holds no picture with a caption; expected images/ and "
-            "captions/*.txt, pictures with a .txt of the same name beside them, or "
-            f"metadata.csv or .jsonl with file_name and caption{_listed(problems)}"
-        )
-    return [(file, " ".join(text.split())) for file, text in pairs], problems
+    def unread(self, wanted: list[tuple[str, int]]) -> list[tuple[str, Tensor | None]]:
+        """`(key, pixels)` of items given as (key, number); None if unreadable."""
+        return [(key, self.read(number)) for key, number in wanted]
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Any Pillow picture as RGB with 8 bits, transparency over white.
 
-    Raises `ValueError` for pixels without a known range (32 bits, floats).
+    Floats count from 0 to 1, integers of 16 or 32 bits from 0 to 65,535. Raises
+    `ValueError` for pixels beyond that.
     """
-    if picture.mode.startswith("I"):  # 16-bit grey; convert would clip it to white
-        values = np.asarray(picture).astype(np.int64)
-        if values.min() < 0 or values.max() > 65_535:
-            raise ValueError("32-bit pixels have no known range; save it with 8 bits")
-        picture = Image.fromarray((values / 257).round().astype(np.uint8))
-    if picture.mode == "F":
-        raise ValueError("float pixels have no known range; save it with 8 bits")
+    if picture.mode[0] in "IF":  # convert would clip them to black or white
+        values, top = np.asarray(picture), 1 if picture.mode == "F" else 65_535
+        if not 0 <= values.min() <= values.max() <= top:
+            raise ValueError(f"pixels beyond 0 to {top:,}; save it with 8 bits")
+        values = values.astype(np.float32) / (top / 255)
+        picture = Image.fromarray(values.round().astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
@@ -301,13 +115,21 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def read_picture(file: Path | io.BytesIO, name: str = "") -> Image.Image:
+def read_picture(file: Path | io.BufferedIOBase, name: str = "") -> Image.Image:
     """Read a picture file upright, as RGB; of an animation, the first frame.
 
-    Raises `ValueError` with the file's name (or `name`) if it cannot be read.
+    Raises `ValueError` with the file's name (or `name`) if it cannot be read, or has
+    more pixels than Pillow's `Image.MAX_IMAGE_PIXELS`, 89 million.
     """
     try:
+        if isinstance(file, str | Path) and not Path(file).is_file():
+            raise ValueError("no such file, or a pipe or a device")
         with Image.open(file) as opened:
+            (width, height), most = opened.size, Image.MAX_IMAGE_PIXELS
+            if most and width * height > most:
+                raise ValueError(f"{width} × {height} pixels; make it smaller")
+            if opened.format == "EPS":
+                raise ValueError("PostScript, which is a program; save it as PNG")
             return to_rgb(ImageOps.exif_transpose(opened))
     except Exception as error:  # Pillow's decoders raise many kinds
         raise ValueError(
@@ -344,7 +166,8 @@ class Cut:
         crop, mirrored = divmod(look, 1 + self.flip)
         if self.crops == 0:
             return 0.5, bool(mirrored)
-        rng = np.random.default_rng((self.seed, crop, *name.encode()))
+        letters = name.encode(errors="surrogateescape")  # of any file system
+        rng = np.random.default_rng((self.seed, crop, *letters))
         return float(rng.random()), bool(mirrored)
 
     def __call__(
@@ -363,19 +186,6 @@ class Cut:
         return short_name(content, self.size, *self.place(name, look))
 
 
-def _checked(on_error: str) -> str:
-    if on_error not in ("skip", "raise"):
-        raise ValueError(f"on_error {on_error!r} is neither 'skip' nor 'raise'")
-    return on_error
-
-
-def _report(problem: str, on_error: str) -> None:
-    """Warn of what is left out, or refuse it."""
-    if on_error == "raise":
-        raise ValueError(problem)
-    warnings.warn(problem, stacklevel=4)
-
-
 class CaptionedImages(CaptionedDataset):
     """Pictures with captions from a folder, each cut to a square (`Cut`).
 
@@ -390,34 +200,47 @@ class CaptionedImages(CaptionedDataset):
     def __init__(
         self, path: str | Path, image_size: int = 64, flip: bool = False,
         on_error: str = "skip", crops: int = 0, seed: int = 0,
+        image_column: str | None = None, caption_column: str | None = None,
+        leave_out: Collection[Path] = (),
     ):  # fmt: skip
-        self.path, self.on_error = Path(path), _checked(on_error)
+        if on_error not in ("skip", "raise"):
+            raise ValueError(f"on_error {on_error!r} is neither 'skip' nor 'raise'")
+        self.path, self.on_error = Path(path).expanduser(), on_error
         self.cut, self.side = Cut(image_size, crops, flip, seed), image_size
-        self.pairs, self.problems = find_captions(self.path)
+        self.columns, self.leave_out = (image_column, caption_column), leave_out
+        self.pairs, self.problems = self.find()
         # Shared by all workers, so that each unreadable picture is reported once.
         flags = torch.zeros(len(self.pairs), dtype=torch.bool)
         self.unreadable = flags.share_memory_()
         if self.problems:
-            count, shown = len(self.problems), _listed(self.problems)
-            _report(f"{count} left out in {path}:{shown}", on_error)
+            count, shown = len(self.problems), first_lines(self.problems)
+            self.report(f"{count} left out in {path}:{shown}")
+
+    def find(self) -> tuple[list, list[str]]:
+        """Pairs of picture file and caption, and what has to be left out."""
+        return find_captions(self.path, *self.columns, self.leave_out)
+
+    def report(self, problem: str) -> None:
+        """Warn of what is left out, or refuse it."""
+        if self.on_error == "raise":
+            raise ValueError(problem)
+        warnings.warn(problem, stacklevel=4)
 
     def __len__(self) -> int:
         return len(self.pairs) * self.cut.looks
-
-    def name(self, number: int) -> str:
-        """The name of a picture inside the folder, the same on every computer."""
-        return self.pairs[number][0].relative_to(self.path).as_posix()
 
     def read(self, index: int) -> Float[Tensor, "3 h w"] | None:
         """The pixels of an item; None, and once a report, if they cannot be read."""
         look, number = divmod(index, len(self.pairs))
         if self.unreadable[number]:
             return None
+        file = self.pairs[number][0]
         try:
-            picture = read_picture(self.pairs[number][0])
-        except ValueError as error:
+            with file.open("rb") as data:
+                picture = read_picture(data, str(file))
+        except (OSError, ValueError) as error:
             self.unreadable[number] = True
-            return _report(str(error), self.on_error)
+            return self.report(str(error))
         return self.cut(picture, self.name(number), look)
 
     def __getitem__(self, index: int) -> tuple[Float[Tensor, "3 h w"], str]:
@@ -428,6 +251,10 @@ class CaptionedImages(CaptionedDataset):
             if pixels is not None:
                 return pixels, self.pairs[place % len(self.pairs)][1]
         raise ValueError(f"none of the {len(self.pairs)} pictures can be read")
+
+    def name(self, number: int) -> str:
+        """The name of a picture inside the folder, the same on every computer."""
+        return self.pairs[number][0].relative_to(self.path).as_posix()
 
     def captions(self) -> list[str]:
         """The caption of every look at every picture."""
@@ -449,10 +276,13 @@ class CaptionedImages(CaptionedDataset):
 
 def remembered(notes: Path, files: list, read: Callable) -> list:
     """`read(file)` of every file; as noted, where size and date are those noted."""
-    known = json.loads(notes.read_text()) if notes.exists() else {}
+    try:
+        known = dict(json.loads(notes.read_text()))
+    except (OSError, ValueError, TypeError):  # none, or damaged ones
+        known = {}
     found = []
     for file in tqdm(files, desc="files"):
-        facts, name = os.stat(file), os.path.abspath(file)
+        facts, name = file.stat(), os.path.abspath(file)
         stamp = [facts.st_size, facts.st_mtime_ns]
         if name not in known or known[name][0] != stamp:
             known[name] = [stamp, read(file)]
@@ -461,181 +291,39 @@ def remembered(notes: Path, files: list, read: Callable) -> list:
     return found
 
 
-def _tar_samples(shards: list[str]) -> Iterator[dict]:
-    """What stands in .tar files, in order: {"__key__": …, "png": …, "txt": …}."""
-    import webdataset  # here: who reads folders does not need it
+class CaptionedShards(CaptionedImages):
+    """Pictures with captions from the .tar files of a WebDataset.
 
-    for shard in shards:
-        try:
-            yield from webdataset.tarfile_to_samples()([{"url": shard}])
-        except (tarfile.TarError, OSError, EOFError) as error:
-            reason = error.args[0] if error.args else error
-            raise ValueError(
-                f"cannot read the shard {shard} ({reason}); copy it again, or leave "
-                "it out"
-            ) from error
-
-
-def _shard_files(pattern: str | Path) -> list[str]:
-    """The shards that a pattern such as pets/{0000..0099}.tar names."""
-    from webdataset.shardlists import expand_urls
-
-    shards = expand_urls(str(pattern))
-    local = [shard for shard in shards if "://" not in shard]
-    missing = [shard for shard in local if not Path(shard).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(shards)} shards are not there:{_listed(missing)}"
-        )
-    return shards
-
-
-class CaptionedShards(CaptionedDataset, IterableDataset):
-    """Pictures with captions, streamed from the .tar files of a WebDataset.
-
-    `shards` names the files, as in "pets/{0000..0099}.tar". Items are as of
-    `CaptionedImages`, every look once, in order. What cannot be used is reported.
-    For a training: `steps`. Raises `FileNotFoundError`, or `ValueError` if torn.
+    `path` names the files, as in "pets/{0000..0099}.tar". The rest is as of
+    `CaptionedImages`. Raises `ValueError` for a shard that is torn, too.
     """
 
-    def __init__(
-        self, shards: str | Path, image_size: int = 64, flip: bool = False,
-        on_error: str = "skip", crops: int = 0, seed: int = 0,
-    ):  # fmt: skip
-        self.shards, self.on_error = _shard_files(shards), _checked(on_error)
-        self.cut, self.side = Cut(image_size, crops, flip, seed), image_size
-        self.said = None
+    def find(self) -> tuple[list, list[str]]:
+        return find_in_shards(self.path.as_posix())
 
-    def __len__(self) -> int:
-        """Looks at complete samples; the first time, all shards are read for it."""
-        return len(self.captions())
 
-    def __iter__(self) -> Iterator[tuple[Float[Tensor, "3 h w"], str]]:
-        for look in range(self.cut.looks):
-            for name, data, caption in self.samples(my_share(self.shards)):
-                pixels = self.decode(name, data, look)
-                if pixels is not None:
-                    yield pixels, caption
+class CaptionedRows(CaptionedImages):
+    """Pictures with captions from a data set in Hugging Face's form.
 
-    def samples(
-        self, shards: list[str], shuffle: random.Random | None = None
-    ) -> Iterator[tuple[str, bytes, str]]:
-        """(name, picture file, caption) of what is complete; `shuffle` stirs."""
-        stream = _tar_samples(shards)
-        if shuffle:
-            from webdataset import shuffle as stir
+    `path` is a .parquet file (or several, with *), a folder of them, or an id of the
+    hub. The rest is as of `CaptionedImages`; `image_column` is "image" unless given.
+    """
 
-            stream = stir(1000, rng=shuffle)(stream)
-        for sample in stream:
-            name = f"{Path(sample['__url__']).name}/{sample['__key__']}"
-            kinds = [kind for kind in sample if f".{kind}" in IMAGE_SUFFIXES]
-            caption = sample.get("txt", b"").decode("utf-8", "replace").split()
-            if kinds and caption:
-                yield name, sample[kinds[0]], " ".join(caption)
-            else:
-                lacks = "caption (.txt)" if kinds else "picture"
-                _report(f"{name}: no {lacks}; left out", self.on_error)
+    def find(self) -> tuple[list, list[str]]:
+        return find_in_rows(self.path.as_posix(), *self.columns)
 
-    def decode(
-        self, name: str, data: bytes, look: int
-    ) -> Float[Tensor, "3 h w"] | None:
-        """The pixels of a look at a sample; None if its picture cannot be read."""
-        try:
-            return self.cut(read_picture(io.BytesIO(data), name), name, look)
-        except ValueError as error:
-            _report(str(error), self.on_error)
 
-    def captions(self) -> list[str]:
-        """The caption of every look; the first time, all shards are read for it."""
-        if self.said is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # reading pictures will say the same
-                self.said = [caption for *_, caption in self.samples(self.shards)]
-        return self.said * self.cut.looks
-
-    def keys(self, notes: Path) -> list[str]:
-        """The keys that the same pictures would have in a folder.
-
-        `notes/shards.json` remembers the shards by size and date.
-        """
-
-        shards = remembered(notes / "shards.json", self.shards, lambda shard: [
-            (short_name(data), name, caption)
-            for name, data, caption in self.samples([shard])
-        ])  # fmt: skip
-        found = [sample for shard in shards for sample in shard]
-        looks = range(self.cut.looks)
-        return [self.cut.key(*one, look) for look in looks for *one, _ in found]
-
-    def held_out(self, count: int) -> tuple[list[int], Dataset]:
-        """All numbers and nothing: no item of a stream can be kept out of it."""
-        return list(range(len(self))), Subset(self, [])
-
-    def look_for(self, wanted: dict[str, int]) -> Iterator[tuple[str, Tensor | None]]:
-        """What this worker's shards hold of the wanted looks."""
-        for name, data, _ in self.samples(my_share(self.shards)):
-            content = short_name(data)
-            for look in range(self.cut.looks):
-                key = self.cut.key(content, name, look)
-                if key in wanted:
-                    yield key, self.decode(name, data, look)
-
-    def row(
-        self, seed: int, reader: int, readers: int
-    ) -> Iterator[tuple[str, bytes, str, int]]:
-        """One reader's endless row of (name, picture file, caption, look)."""
-        shards = self.shards
-        if len(shards) < readers:
-            raise ValueError(
-                f"{len(shards)} shards for {readers} readers (processes × workers); "
-                "write more and smaller shards, or lower num_workers"
-            )
-        for epoch in itertools.count():
-            order = np.random.default_rng((seed, epoch)).permutation(len(shards))
-            mine = [shards[i] for i in order[reader::readers]]
-            stir = random.Random(f"{seed} {epoch} {reader}")
-            for name, data, caption in self.samples(mine, stir):
-                look = (epoch + zlib.crc32(name.encode())) % self.cut.looks
-                yield name, data, caption, look
-
-    def steps(
-        self, batch_size: int, seed: int, first: int, last: int, rank: int = 0,
-        world: int = 1,
-    ) -> Dataset:  # fmt: skip
-        """The batches of steps `first` to `last`, each a list of items.
-
-        `batch_size` counts the pictures of this process, `rank` of `world`. Shuffled by
-        (seed, epoch); going on at `first` gives what an uninterrupted run would have
-        seen there, with as many workers. For `DataLoader(…, batch_size=None)`. Raises
-        `ValueError` there if there are fewer shards than readers.
-        """
-        return Stream(self.batches, batch_size, seed, first, last, rank, world)
-
-    def batches(
-        self, batch_size: int, seed: int, first: int, last: int, rank: int,
-        world: int,
-    ) -> Iterator[list[tuple[Float[Tensor, "3 h w"], str]]]:  # fmt: skip
-        """Those of the batches of `steps` that this worker makes."""
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        turn = (first + worker) % workers  # step s belongs to s % workers
-        row = self.row(seed, rank * workers + turn, world * workers)
-        past = len(range(turn, first, workers)) * batch_size
-        row = itertools.islice(row, past, None)
-        for _ in range(first + worker, last, workers):
-            yield self.decode_batch(list(itertools.islice(row, batch_size)))
-
-    def decode_batch(self, batch: list) -> list[tuple[Float[Tensor, "3 h w"], str]]:
-        """A batch's items; others of it stand in for what cannot be read."""
-        items = [
-            (self.decode(name, data, look), caption)
-            for name, data, caption, look in batch
-        ]
-        good = [item for item in items if item[0] is not None]
-        if not good:
-            ends = f"{batch[0][0]} to {batch[-1][0]}"
-            raise ValueError(f"no picture of a batch, {ends}, can be read")
-        return [good[i % len(good)] if x[0] is None else x for i, x in enumerate(items)]
+def open_pictures(path: str, *how, **options) -> CaptionedImages:
+    """The pictures of a folder, of .tar or .parquet files, or of a set on the hub."""
+    folder, kind = Path(path).expanduser(), CaptionedImages
+    inside = [*folder.glob("*.parquet"), *folder.glob("data/*.parquet")]
+    if path.endswith(".tar"):
+        kind = CaptionedShards
+    elif path.endswith(".parquet") or is_hub_id(path):
+        kind = CaptionedRows
+    elif inside and not find_files(folder, IMAGE_SUFFIXES, (), []):
+        kind = CaptionedRows
+    return kind(path, *how, **options)
 
 
 def labelled_grid(

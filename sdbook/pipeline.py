@@ -20,17 +20,19 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .clip import CLIPTextConfig, CLIPTextModel, Tokenizer
-from .files import read_json, save_weights
+from .files import read_json, save_weights, saving_together
 
 # Names that once stood here, for whoever imports them from here.
 from .formats import (  # noqa: F401
     check_checkpoint,
     check_index,
+    check_task,
     find_model,
     find_tokenizer,
     model_folders,
     shipped_models,
     to_original,
+    told_schedule,
     write_index,
 )
 from .schedulers import (
@@ -41,16 +43,17 @@ from .schedulers import (
     noise_like,
     scheduler_class,
 )
-from .unet import UNet
-from .vae import AutoencoderKL
-from .weights import refuse_options
+from .unet import UNet, UNetConfig
+from .vae import AutoencoderKL, VAEConfig
+from .weights import family, refuse_options
 
 __all__ = [
     "guide", "StableDiffusion", "require", "check_parts", "check_tokenizer",
     "OUTPUT_TYPES", "check_output_type", "to_pictures", "Pictures", "SourceImage",
     "prepare_prompts", "prepare_seeds", "prepare_guidance", "prepare_eta",
     "prepare_strength", "prepare_size", "check_latents", "picture_size",
-    "prepare_pictures", "as_pixels", "SD15_SCHEDULE", "load_scheduler",
+    "prepare_pictures", "as_pixels", "SD15_SCHEDULE", "load_scheduler", "NETWORKS",
+    "find_sizes", "follow_file",
 ]
 
 
@@ -75,7 +78,7 @@ class StableDiffusion:
         self, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: Tokenizer,
         unet: UNet, scheduler: Scheduler,
     ):
-        check_parts(vae, text_encoder, tokenizer, unet)
+        check_parts(vae.config, text_encoder.config, tokenizer, unet.config)
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self.unet, self.scheduler = unet, scheduler
 
@@ -269,12 +272,12 @@ class StableDiffusion:
         self, folder: str | os.PathLike, dtype: torch.dtype | None = None
     ) -> None:
         """Write all parts; diffusers.StableDiffusionPipeline opens the folder."""
-        folder = Path(folder)
-        for part in ("vae", "text_encoder", "unet"):
-            getattr(self, part).save_pretrained(folder / part, dtype)
-        self.tokenizer.save_pretrained(folder / "tokenizer")
-        self.scheduler.save_pretrained(folder / "scheduler")
-        write_index(folder, type(self.scheduler).__name__)
+        with saving_together(folder) as side:  # never a new UNet beside an old VAE
+            for part in ("vae", "text_encoder", "unet"):
+                getattr(self, part).save_pretrained(side / part, dtype)
+            self.tokenizer.save_pretrained(side / "tokenizer")
+            self.scheduler.save_pretrained(side / "scheduler")
+            write_index(side, type(self.scheduler).__name__)
 
     def save_original(
         self, path: str | os.PathLike, dtype: torch.dtype | None = None
@@ -301,17 +304,16 @@ class StableDiffusion:
         `dtype` defaults to float32; `variant` ("fp16") names another copy of the
         weights, `revision` a version on the hub. Of one original file it takes the
         averaged (EMA) UNet if there are two, the other with `ema=False`; `config` is
-        then a folder with the sizes, if they are not SD 1.5's. `tokenizer` is a folder
-        or id, by default the model's own; for a file, `config`'s or CLIP's. Raises
-        FileNotFoundError or ValueError, naming the file and the way out, also for what
-        would mean nothing: `ema=False` or `config` of a folder, `variant` or
+        then a folder with the sizes, if they are not SD 1.5's or 2.1's. `tokenizer` is
+        a folder or id, by default the model's own; for a file, `config`'s or CLIP's.
+        Raises FileNotFoundError or ValueError, naming the file and the way out, also
+        for what would mean nothing: `ema=False` or `config` of a folder, `variant` or
         `revision` of a file.
         """
         path, one_file = Path(name), Path(name).is_file()
         if one_file:
             unused = dict(variant=variant, revision=revision)
             refuse_options(name, "a folder or a hub id", **unused)
-            check_checkpoint(path)
             folder = find_model(config, weights=False) if config else None
             require(not folder or folder.is_dir(), f"config={str(config)!r} is a file, "
                     "but must be a folder with the sizes, in diffusers' layout")
@@ -320,20 +322,24 @@ class StableDiffusion:
             refuse_options(name, "a single file", **unused)
             folder = path = find_model(name, revision, variant)
             check_index(folder)
-        words = find_tokenizer(tokenizer or folder)  # before the slow part
-        kinds = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "unet": UNet}
+        state = check_checkpoint(path) if one_file else {}
+        sizes = find_sizes(folder, family(state))
+        words = Tokenizer.from_pretrained(find_tokenizer(tokenizer or folder))
+        if not folder and not tokenizer and family(state) == "SD 2.x":
+            words.backend.pad_token = "!"  # where CLIP fills up with its end token
+        # All that can be seen to be wrong is, before the slow part.
+        check_parts(sizes["vae"], sizes["text_encoder"], words, sizes["unet"])
         networks = {}
-        for part, kind in kinds.items():
-            sizes = kind.find_config(folder / part) if folder else kind.config_class()
+        for part, network in NETWORKS.items():
             source = path if one_file else path / part
-            networks[part] = kind.from_pretrained(
-                source, dtype, variant, ema=ema, config=sizes
+            networks[part] = network.from_pretrained(
+                source, dtype, variant, ema=ema, config=sizes[part]
             )
+        scheduler = make_scheduler("pndm", **SD15_SCHEDULE)
         if folder:
             scheduler = load_scheduler(folder / "scheduler")
-        else:
-            scheduler = make_scheduler("pndm", **SD15_SCHEDULE)
-        words = Tokenizer.from_pretrained(words)
+        if one_file:
+            scheduler = follow_file(scheduler, told_schedule(path, state))
         return cls(tokenizer=words, scheduler=scheduler, **networks)
 
 
@@ -344,24 +350,28 @@ def require(holds, message: str) -> None:
 
 
 def check_parts(
-    vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: Tokenizer, unet: UNet
+    vae: VAEConfig, text: CLIPTextConfig, tokenizer: Tokenizer, unet: UNetConfig
 ) -> None:
     """Raise ValueError for parts that were not trained together."""
-    takes, writes = unet.config, text_encoder.config
+    check_task(unet.in_channels, vae.latent_channels, "this")
     for name, wanted, other, given in (
-        ("in_channels", takes.in_channels,
-         "the VAE's latent_channels", vae.config.latent_channels),
-        ("cross_attention_dim", takes.cross_attention_dim,
-         "the text encoder's hidden_size", writes.hidden_size),
+        ("in_channels", unet.in_channels,
+         "the VAE's latent_channels", vae.latent_channels),
+        ("cross_attention_dim", unet.cross_attention_dim,
+         "the text encoder's hidden_size", text.hidden_size),
     ):
         require(wanted == given, f"the UNet's {name} is {wanted} but {other} is "
                 f"{given}; these parts were not trained together")
-    check_tokenizer(tokenizer, writes)
+    check_tokenizer(tokenizer, text)
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: CLIPTextConfig) -> None:
-    """Raise ValueError for a tokenizer with more tokens or places than the model."""
+    """Raise ValueError for a tokenizer with more tokens or places than the model.
+
+    One whose files name no length takes the model's places.
+    """
     tokens, places = config.vocab_size, config.max_position_embeddings
+    tokenizer.take_length(places)
     require(
         len(tokenizer) <= tokens and tokenizer.max_length <= places,
         f"the tokenizer has {len(tokenizer)} tokens and rows of "
@@ -601,3 +611,20 @@ def load_scheduler(folder: Path) -> Scheduler:
             warnings.warn(f"{folder}: {missing}; using ddim", stacklevel=3)
             return DDIMScheduler.from_pretrained(folder)
         raise
+
+
+NETWORKS = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "unet": UNet}
+
+
+def find_sizes(folder: Path | None, family: str) -> dict:
+    """The configs of the three networks: a folder's, or else those of a family."""
+    if folder:
+        return {part: one.find_config(folder / part) for part, one in NETWORKS.items()}
+    return {part: one.config_class.of(family) for part, one in NETWORKS.items()}
+
+
+def follow_file(scheduler: Scheduler, told: dict) -> Scheduler:
+    """The scheduler with what a single file says of its training; DDIM if it must."""
+    can = set(told) <= set(scheduler.defaults)
+    kind = type(scheduler) if can else DDIMScheduler
+    return kind.from_options(scheduler.options | told, foreign=True)

@@ -363,12 +363,8 @@ def stands(
     direction must be the larger one of the two.
     """
     x, y = np.moveaxis(first.mean(axis=-2) - second.mean(axis=-2), -1, 0)
-    sideways, amount = {
-        "left": (y, -x),
-        "right": (y, x),
-        "above": (x, -y),
-        "below": (x, y),
-    }[relation]
+    ways = {"left": (y, -x), "right": (y, x), "above": (x, -y), "below": (x, y)}
+    sideways, amount = ways[relation]
     return amount > np.abs(sideways)
 
 

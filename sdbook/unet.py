@@ -42,6 +42,7 @@ class UNetConfig(Config):
     transformer_layers_per_block: int | tuple[int, ...] = 1
     cross_attention_dim: int = 768
     norm_num_groups: int = 32
+    use_linear_projection: bool = False
 
     fixed: ClassVar[dict[str, Any]] = {
         "act_fn": "silu", "attention_type": "default", "conv_in_kernel": 3,
@@ -53,6 +54,10 @@ class UNetConfig(Config):
     ignored: ClassVar[tuple[str, ...]] = (
         "addition_embed_type_num_heads", "upcast_attention",
     )
+    families: ClassVar[dict[str, dict[str, Any]]] = {"SD 2.x": dict(
+        sample_size=96, attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024,
+        use_linear_projection=True,
+    )}
 
     def at_level(self, name: str, level: int) -> int:
         """An option that is one number for all levels or one for each."""
@@ -276,6 +281,13 @@ class UNet(Pretrained, nn.Module):
     ) -> dict[str, Tensor]:
         """Also read the original's names; of two copies, take the averaged."""
         return own_weights(self, state, ema)
+
+    def rename_on_save(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Write the 1 × 1 convolutions as matrices, if the config says so."""
+        if not self.config.use_linear_projection:
+            return state
+        places = (".proj_in.weight", ".proj_out.weight")
+        return {k: t.flatten(1) if k.endswith(places) else t for k, t in state.items()}
 
 
 def check_inputs(

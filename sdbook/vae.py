@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import Attention
-from .formats import own_weights, squeeze_matrices
+from .formats import own_weights
 from .resblocks import Downsample, ResBlock, Upsample
 from .weights import Config, Pretrained
 
@@ -304,7 +304,7 @@ class AutoencoderKL(Pretrained, nn.Module):
         self, state: dict[str, Tensor], ema: bool = True
     ) -> dict[str, Tensor]:
         """Also read the original's names, and diffusers' of its first days."""
-        return squeeze_matrices(own_weights(self, state, ema))
+        return own_weights(self, state, ema)
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:

@@ -6,6 +6,7 @@ Generated from chapters/B_file_formats.ipynb; do not edit.
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any, ClassVar, get_args, get_origin
 
 import torch
@@ -16,16 +17,18 @@ from .files import (
     WeightsError,
     download,
     find_weights,
+    finish_saving,
     is_hub_id,
     read_json,
     read_weights,
     save_weights,
+    saving_together,
     write_json,
 )
 
 __all__ = [
-    "load_strictly", "CLUES", "WIDTHS", "family", "is_of_type", "Config", "Pretrained",
-    "Undrawn", "build_empty", "fill", "refuse_options",
+    "load_strictly", "some", "CLUES", "WIDTHS", "family", "LIMITS", "is_of_type",
+    "Config", "Pretrained", "Undrawn", "build_empty", "fill", "refuse_options",
 ]
 
 
@@ -39,34 +42,35 @@ def load_strictly(
     keys, and says which kind of model it is.
     """
     expected = module.state_dict()
+    both = {key: tensor for key, tensor in state_dict.items() if key in expected}
     found = {
-        "missing": [key for key in expected if key not in state_dict],
-        "unexpected": [key for key in state_dict if key not in expected],
+        "missing": [key for key in expected if key not in both],
+        "unexpected": [key for key in state_dict if key not in both],
         "of another shape": [
-            f"{key}: file {tuple(state_dict[key].shape)}, model {tuple(tensor.shape)}"
-            for key, tensor in expected.items()
-            if key in state_dict and state_dict[key].shape != tensor.shape
+            f"{key}: file {tuple(t.shape)}, model {tuple(expected[key].shape)}"
+            for key, t in both.items()
+            if t.shape != expected[key].shape
         ],
         "not floating-point": [  # as of a model that was quantised to whole numbers
             f"{key}: {tensor.dtype}"
-            for key, tensor in state_dict.items()
-            if key in expected
-            and expected[key].is_floating_point() > tensor.is_floating_point()
+            for key, tensor in both.items()
+            if expected[key].is_floating_point() > tensor.is_floating_point()
         ],
     }
-    problems = [
-        f"{len(keys)} {name} ({', '.join(keys[:20])}{', …' * (len(keys) > 20)})"
-        for name, keys in found.items()
-        if keys
-    ]
+    problems = [f"{len(k)} {name} ({some(k)})" for name, k in found.items() if k]
     if problems:
         raise WeightsError(
             f"{where} does not fit {type(module).__name__}: {'; '.join(problems)}. "
-            f"By its names {family(state_dict)}. "
+            f"By its names it looks like {family(state_dict)}. "
             "Use the config.json that belongs to these weights; for a single file, "
             "pass it as config="
         )
     module.load_state_dict(state_dict, assign=True)
+
+
+def some(names: list[str]) -> str:
+    """Names (twenty at most), for an error message."""
+    return ", ".join(names[:20]) + ", …" * (len(names) > 20)
 
 
 CLUES = {
@@ -84,31 +88,38 @@ WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL", 2048: "SDXL"}
 
 
 def family(state_dict: dict[str, Tensor]) -> str:
-    """What kind of model a file looks like, from its names and widths; for errors."""
+    """What kind of model a file looks like, from its names and widths."""
     for clue, kind in CLUES.items():
         if any(clue in key.lower() for key in state_dict):
-            return f"it looks like {kind}"
+            return kind
     for key, tensor in state_dict.items():
         if key.endswith(("attn2.to_k.weight", "token_embedding.weight")):
             width = tensor.shape[-1]
             other = f"a diffusion model of width {width}, where SD 1.x has 768"
-            return f"it looks like {WIDTHS.get(width, other)}"
+            return WIDTHS.get(width, other)
     if any(key.startswith(("decoder.", "first_stage_model.")) for key in state_dict):
-        return "it looks like an autoencoder alone"
-    return "it does not look like a diffusion model"
+        return "an autoencoder alone"
+    return "no diffusion model that we know"
 
 
-def is_of_type(value: Any, kind: Any, least: int = 1) -> bool:
-    """Whether a config's value is of its field's type, and no number below `least`."""
+# From where to where the numbers of a config go, by a part of their names. More would
+# be a slip or a trap: a billion layers are built for ever, with or without memory.
+LIMITS = {"layers": (1, 128), "sample_size": (1, 2**13)}
+LIMITS |= {"token_id": (0, 2**20), "": (1, 2**20)}
+
+
+def is_of_type(value: Any, kind: Any, name: str = "") -> bool:
+    """Whether a config's value is of its field's type and within the LIMITS."""
     if get_origin(kind) is tuple:  # tuple[int, ...]
         each = get_args(kind)[0]
-        some = type(value) is tuple and len(value) > 0
-        return some and all(is_of_type(one, each) for one in value)
+        whole = type(value) is tuple and 0 < len(value) <= 32
+        return whole and all(is_of_type(one, each, name) for one in value)
     if get_args(kind):  # int | tuple[int, ...]
-        return any(is_of_type(value, one) for one in get_args(kind))
+        return any(is_of_type(value, one, name) for one in get_args(kind))
     if kind is float:
-        return type(value) in (int, float) and value > 0
-    return type(value) is kind and (kind is not int or value >= least)
+        return type(value) in (int, float) and 0 < value < 2**20  # NaN is neither
+    least, most = next(pair for part, pair in LIMITS.items() if part in name)
+    return type(value) is kind and (kind is not int or least <= value <= most)
 
 
 @dataclass(frozen=True)
@@ -117,10 +128,12 @@ class Config:
 
     Fields are named as in the reference library's file. More may stand there: what is
     off, what `fixed` and `derived` say, and what `ignored` names for changing nothing.
+    The defaults are SD 1.5's; `families` says where those of others differ.
     """
 
     fixed: ClassVar[dict[str, Any]] = {}
     ignored: ClassVar[tuple[str, ...]] = ()
+    families: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -137,22 +150,21 @@ class Config:
             value = tuple(value) if isinstance(value, list) else value
             if key in options:
                 known[key], field = value, options[key]
-                # Sizes begin at 1, and only the numbers of tokens at 0.
-                if not is_of_type(value, field.type, not key.endswith("_token_id")):
-                    problems.append(f"{key}={value!r} (like {field.default!r})")
+                if not is_of_type(value, field.type, key):
+                    problems.append(f"{key}={shorten(value)} (like {field.default!r})")
             elif not key.startswith("_") and key not in cls.ignored:
                 others[key] = value
         config = None if problems else cls.built(known, where)
         for key, value in others.items() if config else ():
             only = cls.fixed | config.derived()
             if key in only and value != only[key]:
-                problems.append(f"{key}={value!r} (only {only[key]!r})")
+                problems.append(f"{key}={shorten(value)} (only {only[key]!r})")
             elif key not in only and value not in (None, False):  # 0 == False
-                problems.append(f"{key}={value!r} (unknown)")
+                problems.append(f"{key}={shorten(value)} (unknown)")
         if problems:
             raise WeightsError(
                 f"{where} has what {cls.__name__} does not do: {', '.join(problems)}. "
-                "Use a Stable Diffusion 1.x model, with the config.json of its weights"
+                "Use a Stable Diffusion 1.x or 2.x model, with its own config.json"
             )
         return config
 
@@ -174,6 +186,11 @@ class Config:
             return cls(**known)
         except ValueError as error:
             raise WeightsError(f"{where}: {error}") from error
+
+    @classmethod
+    def of(cls, family: str):
+        """The sizes of a family of models, such as "SD 2.x"; of others SD 1.5's."""
+        return cls(**cls.families.get(family, {}))
 
 
 class Pretrained:
@@ -214,18 +231,19 @@ class Pretrained:
             key: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
             for key, tensor in self.state_dict().items()
         }
-        save_weights(self.rename_on_save(state), Path(folder) / self.weights_name)
-        write_json(self.config_file(), Path(folder) / "config.json")
+        with saving_together(folder) as side:
+            save_weights(self.rename_on_save(state), side / self.weights_name)
+            write_json(self.config_file(), side / "config.json")
 
     @classmethod
     def find_config(cls, path: Path):
-        """The config of a folder, or of a file: beside it, or else SD 1.5's.
+        """The config of a folder, or of a file: beside it, or else its family's.
 
         Raises WeightsError for a config that says it belongs to another class.
         """
         where = (path.parent if path.is_file() else path) / "config.json"
         if path.is_file() and not where.is_file():
-            return cls.config_class()
+            return cls.config_class.of(family(read_weights(path)))
         values = read_json(where)
         other = values.get("_class_name", cls.diffusers_class)
         if other != cls.diffusers_class:
@@ -249,19 +267,21 @@ class Pretrained:
 
         The weights become `dtype`, or float32. Of an original checkpoint it takes
         its own part, averaged (EMA) if there is a choice and `ema` is True. A file
-        has the `config` that is given, or lies beside it, or else SD 1.5's. Raises
-        FileNotFoundError or WeightsError, which name the file and the remedy, and
-        ValueError for a `variant` or `revision` of a file.
+        has the `config` that is given, or lies beside it, or else its family's, SD 1.5
+        or 2.1. Raises FileNotFoundError or WeightsError, which name the file and the
+        remedy, and ValueError for a `variant` or `revision` of a file.
         """
         dtype, path = dtype or torch.float32, Path(source)
-        if path.is_file():
+        one = path.is_file()
+        if one:
             options = {"variant": variant, "revision": revision}
             refuse_options(path, "a folder or a hub id", **options)
-        if is_hub_id(source):
+        elif is_hub_id(source):
             path = download(str(source), revision=revision, variant=variant)
+        else:
+            finish_saving(path)
         if config is None:
             config = cls.find_config(path)
-        one = path.is_file()
         files = [path] if one else find_weights(path, cls.weights_name, variant)
         model = build_empty(cls, config)
         fill(model, files, mapped=dtype == torch.float32, ema=ema)

@@ -35,11 +35,11 @@ class TrainingConfig(RunConfig):
     """Train a UNet on frozen latents and texts: `sdbook train`.
 
     Attributes:
-        pretrained: a model to go on from: a folder, a hub id or one file.
-        vae_weights_path: folder (or file) of a VAE, or of a run of train-vae; by
-            default that of `pretrained`, or runs/vae.
-        text_encoder_path: folder with text_encoder/ and tokenizer/ (train-clip's); by
-            default those of `pretrained`, or of runs/clip.
+        pretrained: a model to go on from: "scenes", a folder, a hub id or one file.
+        vae_weights_path: the output of train-vae, or any model (or file) with a VAE:
+            a folder, a hub id, "scenes"; by default `pretrained`, or runs/vae.
+        text_encoder_path: the output of train-clip, or any model with a text encoder
+            and a tokenizer; by default `pretrained`, or runs/clip.
         unet_preset: how large a UNet from zero is: "tiny", "scenes" (the shipped
             one's), "small" (where nothing is said), "base" or "sd15".
         unet_dim: width of the first level; the preset's others keep their proportion.

@@ -19,7 +19,7 @@ from .checkpoints import check_fits, find_checkpoint
 from .configs import FinetuningConfig, LoRATrainingConfig
 from .memory import memory_needed
 from .plan import say_plan
-from .processes import count_steps, is_main_process
+from .processes import count_steps, is_main_process, this_process
 from .settings import check_side
 
 
@@ -28,9 +28,8 @@ def open_model(config: FinetuningConfig) -> StableDiffusion:
 
     Raises ValueError for an image_size that its parts cannot halve often enough.
     """
-    from accelerate import PartialState
-
-    pipe = StableDiffusion.from_pretrained(config.pretrained).to(PartialState().device)
+    device = this_process().device
+    pipe = StableDiffusion.from_pretrained(config.pretrained).to(device)
     halvings = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     factor = pipe.vae.config.downscale * halvings
     check_side(config.image_size, factor, "the VAE with this UNet")
@@ -44,20 +43,18 @@ def draw_class(config: LoRATrainingConfig, pipe: StableDiffusion) -> CaptionedIm
 
     In `output_dir/class`; pictures that are there already stay.
     """
-    from accelerate import PartialState
-
     folder = Path(config.output_dir) / "class"
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(config.num_class_pictures if is_main_process() else 0):
         path = folder / f"{number:05}.png"
         prompt = config.class_prompts[number % len(config.class_prompts)]
-        words = path.with_suffix(".txt")
-        if path.exists() and words.exists() and words.read_text() == prompt:
+        words, text = path.with_suffix(".txt"), prompt.encode()
+        if path.exists() and words.exists() and words.read_bytes() == text:
             continue
         image = pipe(prompt, seed=config.seed + number, progress=False).images[0]
         write_atomically(path, lambda file: image.save(file, "PNG"))  # noqa: B023
-        words.write_text(prompt)
-    PartialState().wait_for_everyone()
+        write_atomically(words, lambda file: file.write_bytes(text))  # noqa: B023
+    this_process().wait_for_everyone()
     return CaptionedImages(folder, config.image_size)
 
 
@@ -91,8 +88,6 @@ def say_lora(
     whole: nn.Module, moving: nn.Module,
 ) -> None:  # fmt: skip
     """Say the plan of `train_lora`; of `whole`, `moving` is trained."""
-    from accelerate import PartialState
-
     classes, also = 0, {}
     if config.class_prompts:
         classes = config.num_class_pictures
@@ -100,7 +95,7 @@ def say_lora(
             f"{classes:,} pictures drawn first, to {config.output_dir}/class; each "
             "step sees as many of them besides"
         )
-    processes, longest = PartialState().num_processes, max(len(dataset), classes)
+    processes, longest = this_process().num_processes, max(len(dataset), classes)
     say_finetuning(
         count_steps(config, longest, processes), pipe, dataset, whole, moving,
         copies=2 if classes else 1, also=also,

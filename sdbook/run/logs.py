@@ -7,23 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import write_atomically
+from ..files import naming, write_atomically
 from .settings import RunConfig
-
-TEN_BAD_STEPS = (
-    "the loss or its gradient was no number in ten steps running, the last of them "
-    "step {step}; try a lower learning_rate, more warmup_steps, mixed_precision bf16 "
-    "or no in place of fp16, and look for broken pictures. The last checkpoint is "
-    "whole: the same command goes on from there"
-)
 
 
 def step_of(line: str) -> int:
-    """The step of a line of the log; -1 for one that was cut off by a power cut."""
+    """The step of a line of the log; -1 for one that is none, cut off or damaged."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
         return -1
+    return step if type(step) is int else -1
 
 
 class Log:
@@ -36,23 +30,33 @@ class Log:
         """Remove the lines of steps after `first`, which will be made again."""
         if self.writes:
             path = self.path
-            lines = path.read_text().splitlines() if path.exists() else []
+            data = path.read_bytes() if path.exists() else b""
+            lines = data.decode("utf-8", "replace").splitlines()
             kept = [line for line in lines if -1 < step_of(line) <= first]
             text = "".join(line + "\n" for line in kept)
             write_atomically(path, lambda file: file.write_text(text))
 
     def write(self, line: dict) -> None:
-        """Append one line."""
+        """Append one line. What is no number is null: JSON knows no NaN."""
         if self.writes:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            known = {
+                name: value if math.isfinite(value) else None
+                for name, value in line.items()
+            }
+            with naming(self.path), self.path.open("a") as file:
+                file.write(json.dumps(known) + "\n")
 
 
 class Meter:
-    """Means of what was measured in the last steps, and a count of failed ones."""
+    """Means of what was measured in the last steps, and a count of failed ones.
+
+    `in_a_row` are the steps left out since the last good one, `lost` those since the
+    last whose loss was a number: such weights are of no use. `unclear` says so of the
+    weights that were validated last.
+    """
 
     def __init__(self):
-        self.in_a_row, self.loss = 0, math.nan
+        self.in_a_row, self.lost, self.unclear, self.loss = 0, 0, False, math.nan
         self.start_again()
 
     def start_again(self) -> None:
@@ -65,22 +69,24 @@ class Meter:
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
+        self.sums = {name: float(total) for name, total in state["sums"].items()}
+        self.counts = {name: int(state["counts"][name]) for name in self.sums}
+        self.skipped, self.in_a_row = int(state["skipped"]), int(state["in_a_row"])
 
     def add(self, numbers: dict[str, float]) -> None:
         """Count one step; what is no number is left out."""
-        self.in_a_row, self.steps = 0, self.steps + 1
+        self.in_a_row, self.lost, self.unclear = 0, 0, False
+        self.steps += 1
         self.loss = numbers.get("loss", math.nan)
         for name, value in numbers.items():
             if math.isfinite(value):
                 self.sums[name] = self.sums.get(name, 0.0) + float(value)
                 self.counts[name] = self.counts.get(name, 0) + 1
 
-    def skip(self, step: int) -> None:
-        """Count a step that was left out; ValueError after ten in a row."""
+    def skip(self, loss: float) -> None:
+        """Count a step that was left out, its loss or its gradient being no number."""
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        if self.in_a_row == 10:
-            raise ValueError(TEN_BAD_STEPS.format(step=step))
+        self.lost, self.unclear = 0 if math.isfinite(loss) else self.lost + 1, False
 
     def means(self, pictures: int) -> dict[str, int | float]:
         """The means since the last call, and how fast steps of `pictures` went."""
@@ -113,7 +119,9 @@ def report(run, done: int, validate=None, sample=None) -> None:
     if is_due(done, config.log_every, config):
         line = run.meter.means(run.pictures)
     if validate and is_due(done, config.validate_every, config):
-        line |= validate(run.averaged)
+        found = validate(run.averaged)
+        run.meter.unclear = any(map(math.isnan, found.values()))
+        line |= found
     if line:
         line = {"lr": run.learning_rate(done - 1), **line}
         run.log.write({"step": done, **line})

@@ -4,7 +4,12 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from .checkpoints import find_checkpoint
-from .processes import count_steps, is_main_process, pictures_per_step
+from .processes import (
+    count_steps,
+    is_main_process,
+    pictures_per_step,
+    this_process,
+)
 from .settings import RunConfig
 
 
@@ -28,13 +33,11 @@ def describe_plan(
     It trains on `shown` of the pictures (all), and `held` are only validated on.
     `model` is what the optimiser moves; `also` are more lines, by their first word.
     """
-    from accelerate import PartialState
-
-    world = PartialState().num_processes
+    world = this_process().num_processes
     shown = len(dataset) if shown is None else shown
     config = count_steps(config, shown, world)
     pictures = pictures_per_step(config, world)
-    rejected = len(getattr(dataset, "problems", ()))
+    rejected = len(dataset.problems)
     path = find_checkpoint(config)
     count = sum(weight.numel() for weight in model.parameters())
     epochs = config.max_steps * pictures / shown

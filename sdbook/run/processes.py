@@ -1,6 +1,8 @@
 """The processes of a run: devices, ranks, and what they count and average together."""
 
+import atexit
 import math
+import os
 from dataclasses import replace
 
 import torch
@@ -9,12 +11,41 @@ from torch import Tensor, nn
 from .memory import keep_all, recompute_blocks
 from .settings import RunConfig
 
+# How many processes were started, as torchrun and accelerate say it, or MPI.
+STARTED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def this_process():
+    """Accelerate's state of this process: device, rank, how many there are.
+
+    Whoever asks first makes it, so nobody asks accelerate itself. Raises ValueError
+    where other processes were started than have found each other.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if state.num_processes > 1:  # they part at the end: another training may follow
+        atexit.unregister(state.destroy_process_group)
+        atexit.register(state.destroy_process_group)
+    name = next((name for name in STARTED if os.environ.get(name)), None)
+    started = os.environ[name] if name else "1"
+    if started.isdecimal() and int(started) not in (1, state.num_processes):
+        raise ValueError(
+            f"{name} says that {started} processes were started, but this one knows "
+            f"of {state.num_processes}: they would train one by one, in the same "
+            "folder. Set ACCELERATE_USE_CPU=true to join processes on CPUs; of a "
+            f"single process, take {name} out of the environment"
+        )
+    return state
+
 
 def make_accelerator(config: RunConfig):
     """Accelerate's view of this process: device, precision, rank among others."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
+    this_process()
     AcceleratorState._reset_state()  # an earlier run may have had another precision
     threads = torch.get_num_threads()
     accelerator = Accelerator(
@@ -28,9 +59,15 @@ def make_accelerator(config: RunConfig):
 
 def is_main_process() -> bool:
     """Is this the process that writes files? With one process, it is."""
-    from accelerate import PartialState
+    return this_process().is_main_process
 
-    return PartialState().is_main_process
+
+def any_process(accelerator, fact: bool) -> bool:
+    """Is this so in any of the processes?"""
+    if accelerator.num_processes == 1:
+        return fact
+    note = torch.tensor([float(fact)], device=accelerator.device)
+    return bool(accelerator.reduce(note, "sum") > 0)
 
 
 def pictures_per_step(config: RunConfig, processes: int) -> int:
@@ -59,7 +96,8 @@ def unwrap(accelerator, module: nn.Module, wrapped: nn.Module) -> None:
     """Undo what `wrap` put around a module, when the run has ended."""
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     keep_all(module)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def mean_of_all(accelerator, measured: list[dict[str, Tensor]]) -> dict[str, float]:

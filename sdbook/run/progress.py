@@ -4,19 +4,40 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
-import torch
 from tqdm.auto import tqdm
+
+from .processes import any_process
+
+
+def exchange_handlers(handlers: dict) -> dict:
+    """Let these functions answer signals, in the main thread; gives those before."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {
+        number: signal.signal(number, handler or signal.SIG_DFL)
+        for number, handler in handlers.items()
+    }
+
+
+@contextmanager
+def sigterm_as_ctrl_c():
+    """Inside, SIGTERM, with which clusters end a job, interrupts as Ctrl-C does."""
+    before = exchange_handlers({signal.SIGTERM: signal.default_int_handler})
+    try:
+        yield
+    finally:
+        exchange_handlers(before)
 
 
 class StopNote:
     """While open, Ctrl-C and SIGTERM only set `.written`; the second one interrupts."""
 
     def __enter__(self):
-        self.written, self.before = False, {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.write)
+        self.written = False
+        both = dict.fromkeys((signal.SIGINT, signal.SIGTERM), self.write)
+        self.before = exchange_handlers(both)
         return self
 
     def write(self, number, frame) -> None:
@@ -25,15 +46,11 @@ class StopNote:
         self.written = True
 
     def __exit__(self, *error) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        exchange_handlers(self.before)
 
     def is_written(self, accelerator) -> bool:
         """Has any of the processes such a note?"""
-        if accelerator.num_processes == 1:
-            return self.written
-        note = torch.tensor([float(self.written)], device=accelerator.device)
-        return bool(accelerator.reduce(note, "sum") > 0)
+        return any_process(accelerator, self.written)
 
 
 def leave_signals_to_main(worker: int) -> None:

@@ -11,6 +11,7 @@ import operator
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 LIMITS = {
@@ -166,8 +167,11 @@ class RunConfig:
     """What every training run needs to know.
 
     Attributes:
-        dataset_path: "scenes" for the book's own world, a folder of pictures, or
-            .tar shards, as in "pets/{0000..0099}.tar".
+        dataset_path: "scenes" for the book's own world, a folder of pictures, .tar
+            shards, as in "pets/{0000..0099}.tar", .parquet files, or a hub id.
+        image_column: the column with the pictures; none given: "image", of a
+            metadata table "file_name".
+        caption_column: the column with the captions; none given: "caption" or "text".
         num_pictures: how many of the endless scenes to use.
         kinds: kinds of scene to show (chapter 4's `KINDS`); none named: all; one that
             is named twice is shown twice as often.
@@ -204,6 +208,8 @@ class RunConfig:
     """
 
     dataset_path: str = "scenes"
+    image_column: str | None = None
+    caption_column: str | None = None
     num_pictures: int = setting(20_000, at_least=1)
     kinds: tuple[str, ...] = ()
     image_size: int = setting(64, at_least=1)
@@ -212,7 +218,7 @@ class RunConfig:
     on_error: str = setting("skip", choices=("skip", "raise"))
     batch_size: int = setting(64, at_least=1)
     gradient_accumulation_steps: int = setting(1, at_least=1)
-    num_workers: int = setting(0, at_least=0)
+    num_workers: int = setting(0, at_least=0, affects_steps=False)
     seed: int = setting(0, at_least=0)
 
     max_steps: int = setting(1000, at_least=1)
@@ -244,16 +250,19 @@ class RunConfig:
 
 
 def open_dataset(config: RunConfig, split: str = "train"):
-    """A `CaptionedDataset`: the scenes, or (without splits) a folder or .tar shards."""
-    from ..images import CaptionedImages, CaptionedShards
+    """A `CaptionedDataset`: the scenes, or somebody's own pictures, without splits.
+
+    What this run writes is not among them, should output_dir lie in dataset_path.
+    """
+    from ..images import open_pictures
     from ..scenes import KINDS, Scenes
 
     if config.dataset_path == "scenes":
         kinds = config.kinds or tuple(KINDS)
         return Scenes(config.image_size, split, length=config.num_pictures, kinds=kinds)
-    shards = config.dataset_path.endswith(".tar")
-    reader = CaptionedShards if shards else CaptionedImages
-    return reader(
+    own = Path(config.output_dir).resolve()
+    return open_pictures(
         config.dataset_path, config.image_size, config.flip, config.on_error,
-        config.crops, config.seed,
+        config.crops, config.seed, config.image_column, config.caption_column,
+        leave_out=(own, own / "class"),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from ..attention import TransformerBlock
 from ..clip import CLIPTextModel, Tokenizer
 from ..files import read_json
-from ..formats import find_model, find_tokenizer
+from ..formats import find_model, find_part, find_tokenizer
 from ..pipeline import check_tokenizer, load_scheduler
 from ..schedulers import DDIMScheduler
 from ..unet import UNet, UNetConfig, start_as_identity
@@ -175,14 +175,18 @@ def source_of(config: TrainingConfig, part: str) -> Path:
     own = getattr(config, key) if key else None
     if config.pretrained and own is None:
         path = find_model(config.pretrained)
-    else:
-        path = Path(own or usual)
-        if not path.exists():
-            raise FileNotFoundError(
-                f"there is no {path}; run `sdbook {command} --output_dir {path}` "
-                f"first, or set {key}"
-            )
-    return path / part if (path / part).is_dir() else path
+        return path / part if (path / part).is_dir() else path
+    if own is None and not Path(usual).exists():
+        raise FileNotFoundError(
+            f"there is no {usual}; `sdbook {command} --output_dir {usual}` makes it, "
+            f"or set {key} to a model that has one, such as scenes"
+        )
+    try:
+        return find_part(own or usual, part)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{key}: {error}; `sdbook {command}` makes one"
+        ) from error
 
 
 def open_frozen(

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..clip import Tokenizer
 from ..images import short_name
+from ..run.progress import leave_signals_to_main
 from ..run.tables import Rows, fingerprint
 
 
@@ -66,8 +67,11 @@ def write_moments(
     wanted = {key: number for number, key in enumerate(keys) if key not in known}
     if not wanted:
         return
-    source = dataset.unread(wanted)
-    loader = DataLoader(source, batch_size, collate_fn=list, num_workers=num_workers)
+    items, read = list(wanted.items()), dataset.unread
+    loader = DataLoader(
+        items, batch_size, collate_fn=read, num_workers=num_workers,
+        worker_init_fn=leave_signals_to_main,
+    )  # fmt: skip
     done = len(keys) - len(wanted)
     with tqdm(total=len(keys), initial=done, desc="latents") as bar:
         for items in loader:
@@ -91,7 +95,7 @@ class Encoded(Dataset):
     each item, `captions` what it says. Text 0 is "". What is missing is computed first;
     pictures that cannot be read are left out, with a warning. Indexed with a list, it
     gives `(moments, text states)` of the whole batch at once. `sample` (m, tokens, d)
-    are the states of captions that stand for all.
+    are the states of captions that stand for all, `content` is a name for all of it.
     """
 
     batch_pixels = 2**19  # encoded at once: 128 pictures of 64 × 64, 2 of 512 × 512
@@ -111,9 +115,10 @@ class Encoded(Dataset):
             size = max(1, self.batch_pixels // dataset.side**2)
             write_moments(self.tables[0], dataset, keys, vae, size, num_workers)
         self.find_rows(keys, captions)
+        self.content = short_name(moments, texts, *keys, *captions)
         self.moments, self.texts = (table.open() for table in self.tables)
         number = self.tables[1].numbers()
-        self.sample = self.texts[[number[short_name(text)] for text in some]]
+        self.sample = self.tables[1].read([number[short_name(text)] for text in some])
 
     def find_rows(self, keys: list[str], captions: list[str]) -> None:
         """Where a picture cannot be read, the next one stands in with its caption."""
@@ -135,8 +140,9 @@ class Encoded(Dataset):
         return len(self.rows)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        moments = torch.from_numpy(self.moments[self.rows[indices]])
-        return moments, torch.from_numpy(self.texts[self.which[indices]])
+        numbers = self.rows[indices], self.which[indices]
+        both = (table.read(rows) for table, rows in zip(self.tables, numbers))
+        return tuple(map(torch.from_numpy, both))
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         moments, states = self.__getitems__([index])

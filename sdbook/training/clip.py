@@ -18,9 +18,10 @@ from ..clip import (
 )
 from ..features import BookCLIP
 from ..run.configs import CLIPTrainingConfig
+from ..run.folder import owns_output_dir
 from ..run.memory import memory_needed
 from ..run.plan import say_plan
-from ..run.processes import is_main_process, make_accelerator
+from ..run.processes import is_main_process
 from ..run.settings import open_dataset
 from ..twins import Twins
 from .cache import caption_ids, warn_about_long
@@ -86,6 +87,7 @@ def clip_loss(module, batch, generator, rows):
     return contrastive_loss(logits, same), {"accuracy": right}
 
 
+@owns_output_dir
 def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel | None:
     """Train text and picture towers to agree; save text model and tokenizer.
 
@@ -93,10 +95,9 @@ def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel | None:
     `tokenizer` and `clip.safetensors` (the rest) to `output_dir`. With
     several processes, or parts of a batch, each compares its own pictures alone.
     """
-    make_accelerator(config)
     torch.manual_seed(config.seed)
     dataset = open_dataset(config)
-    twins = config.twins and hasattr(dataset, "scene")  # only a world has them
+    twins = config.twins and config.dataset_path == "scenes"
     texts = sorted(set(dataset.captions()))
     tokenizer = Tokenizer.train(texts, config.vocab_size, config.max_length)
     warn_about_long(tokenizer, texts)

@@ -7,16 +7,19 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset, Sampler
 
-from ..run.checkpoints import SettingsRecord, find_start, save_checkpoint
+from ..run.checkpoints import check_end, find_start, keep_state, skip_step
+from ..run.folder import owns_output_dir
 from ..run.loading import step_loader
 from ..run.logs import Log, Meter, is_due, open_tracker, report
 from ..run.processes import (
@@ -31,8 +34,8 @@ from ..run.progress import StopNote, progress
 from ..run.settings import RunConfig
 
 __all__ = [
-    "step_generator", "StepSampler", "learning_rate_at", "EMA", "Run", "take_step",
-    "optimise",
+    "step_generator", "shuffled", "StepSampler", "learning_rate_at", "EMA", "Run",
+    "take_step", "optimise",
 ]
 
 
@@ -42,44 +45,44 @@ def step_generator(seed: int, step: int, device="cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
+@lru_cache(maxsize=2)  # a step may begin in one epoch and end in the next
+def shuffled(size: int, seed: int, epoch: int) -> Int[np.ndarray, "size"]:
+    """The pictures' numbers in the order in which an epoch shows them."""
+    return np.random.default_rng((seed, epoch)).permutation(size)
+
+
 class StepSampler(Sampler):
     """Lists of picture numbers, one for each step from `first` to `last`.
 
-    Every epoch is shuffled anew by (seed, epoch) alone, so step 700 sees the same
+    The order of an epoch depends on (seed, epoch) alone, so step 700 sees the same
     pictures whether or not the run was stopped before it. `batch_size` counts the
     pictures of a whole step. Process `rank` of `world` gets its share of them, in
-    `micro_batches`, one after the other. Raises ValueError for a batch that does not
-    split evenly.
+    `micro_batches`. Raises ValueError for a batch that does not split evenly.
     """
 
     def __init__(
         self, size, batch_size, seed, first, last, rank=0, world=1, micro_batches=1
-    ):  # fmt: skip
-        if batch_size % (world * micro_batches):
-            raise ValueError(
-                f"batch_size {batch_size} does not split over {world} processes with "
-                f"{micro_batches} micro-batches each; give a multiple of "
-                f"{world * micro_batches}"
-            )
+    ):
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.first, self.last, self.micro_batches = first, last, micro_batches
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.shares = rank, world, world * micro_batches
+        if batch_size % self.shares:
+            raise ValueError(
+                f"batch_size {batch_size} does not split over {world} processes in "
+                f"{micro_batches} micro-batches; give a multiple of {self.shares}"
+            )
 
     def __len__(self) -> int:
         return max(0, self.last - self.first) * self.micro_batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, order = -1, None
         for step in range(self.first, self.last):
             picks = []
             for place in range(step * self.batch_size, (step + 1) * self.batch_size):
-                if place // self.size != epoch:
-                    epoch = place // self.size
-                    chance = np.random.default_rng((self.seed, epoch))
-                    order = chance.permutation(self.size)
-                picks.append(int(order[place % self.size]))
-            for start in range(self.rank, self.world * self.micro_batches, self.world):
-                yield picks[start :: self.world * self.micro_batches]
+                epoch, place = divmod(place, self.size)
+                picks.append(int(shuffled(self.size, self.seed, epoch)[place]))
+            for start in range(self.rank, self.shares, self.world):
+                yield picks[start :: self.shares]
 
 
 def learning_rate_at(step: int, config: RunConfig) -> float:
@@ -87,12 +90,10 @@ def learning_rate_at(step: int, config: RunConfig) -> float:
 
     Counts optimiser steps, however many processes or micro-batches make one.
     """
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(
-        1, config.max_steps - config.warmup_steps
-    )
-    progress = min(1.0, progress)
+    warmup, steps = config.warmup_steps, config.max_steps
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
     return {
         "constant": 1.0,
         "linear": 1 - progress,
@@ -127,11 +128,11 @@ class Run:
     the step that it starts with; `averaged` are the weights to draw with.
     """
 
-    def __init__(self, config: RunConfig, module: nn.Module, size: int):
+    def __init__(self, config: RunConfig, module: nn.Module, dataset: Dataset):
         self.accelerator = accelerator = make_accelerator(config)
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
         self.device, self.main = accelerator.device, accelerator.is_main_process
-        self.config = config = count_steps(config, size, self.world)
+        self.config = config = count_steps(config, len(dataset), self.world)
         self.pictures = pictures_per_step(config, self.world)
 
         self.module = module.to(self.device, memory_format=torch.channels_last)
@@ -148,23 +149,11 @@ class Run:
         self.stateful = {"model": module, "optimiser": optimiser, "meter": self.meter}
         if self.ema:
             self.stateful["ema"] = self.averaged
-        if accelerator.scaler:
-            self.stateful["scaler"] = accelerator.scaler
-        if self.main:
-            record = SettingsRecord(config, processes=self.world, pictures=size)
-            self.stateful["settings"] = record
-        self.first = find_start(self)
+        self.first = find_start(self, dataset)
         open_tracker(self)
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of a step."""
         return self.config.learning_rate * learning_rate_at(step, self.config)
-
-    def save(self, step: int) -> None:
-        """Write a checkpoint of what is so after `step` steps."""
-        if self.main:
-            folder = Path(self.config.output_dir) / "checkpoints"
-            save_checkpoint(folder, step, self.stateful, self.config.keep_checkpoints)
 
 
 def take_step(run: Run, step: int, loss_of: Callable, batches) -> None:
@@ -194,33 +183,31 @@ def take_step(run: Run, step: int, loss_of: Callable, batches) -> None:
         run.optimiser.step()
     run.optimiser.zero_grad(set_to_none=True)
     if not finite:
-        run.meter.skip(step)
+        skip_step(run, step, means["loss"])
         return
     run.meter.add(means)
     if run.ema:
         run.ema.update(run.module, step)
 
 
+@owns_output_dir
 def optimise(
-    config: RunConfig,
-    module: nn.Module,
-    dataset: Dataset,
-    loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    config: RunConfig, module: nn.Module, dataset: Dataset, loss_of: Callable,
     validate: Callable[[nn.Module], dict[str, float]] | None = None,
     collate: Callable | None = None,
     sample: Callable[[nn.Module], Image.Image] | None = None,
-) -> nn.Module:
+) -> nn.Module:  # fmt: skip
     """Train `module` for `config.max_steps` and return its (averaged) weights.
 
-    `loss_of(module, batch, generator, rows)` gives the loss and numbers to log. All
-    chance in it comes from the generator, the same for all micro-batches of a step:
-    `rows`, a slice, are the pictures of the step that this batch has.
-    `validate(module)` gives numbers every `validate_every` steps, `sample(module)` a
-    picture every `sample_every`; both get the averaged weights. Numbers go to
-    `output_dir/log.jsonl`, checkpoints to `output_dir/checkpoints`. Ctrl-C writes one
-    and raises KeyboardInterrupt.
+    `loss_of(module, batch, generator, rows)` gives the loss and a dict of numbers to
+    log. All chance in it comes from the generator, the same for all micro-batches of
+    a step; `rows`, a slice, are the pictures of the step that this batch has.
+    `validate` gives numbers every `validate_every` steps, `sample` a picture every
+    `sample_every`, both of the averaged weights. Numbers go to `output_dir/log.jsonl`,
+    checkpoints to `output_dir/checkpoints`. Ctrl-C writes one and raises
+    KeyboardInterrupt. One process at a time may train in `output_dir`.
     """
-    run, count = Run(config, module, len(dataset)), config.gradient_accumulation_steps
+    run, count = Run(config, module, dataset), config.gradient_accumulation_steps
     config = run.config
     sampler = StepSampler(
         len(dataset), run.pictures, config.seed, run.first, config.max_steps,
@@ -233,10 +220,12 @@ def optimise(
             report(run, step + 1, validate, sample)
             stop = note.is_written(run.accelerator)
             if stop or is_due(step + 1, config.checkpoint_every, config):
-                run.save(step + 1)
+                keep_state(run, step + 1)
             if stop:
                 raise KeyboardInterrupt(
-                    f"after step {step + 1}; the same command goes on from there"
+                    f"after step {step + 1}; the same command goes on from step "
+                    f"{run.saved}"
                 )
+    check_end(run)
     unwrap(run.accelerator, run.module, run.wrapped)
     return run.averaged

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from ..vae import DiagonalGaussian
 
-__all__ = [
-    "min_snr_weights", "ALL_ROWS", "DiffusionLoss", "lean_to_noise", "mean_where",
-]
+__all__ = ["min_snr_weights", "ALL_ROWS", "DiffusionLoss", "lean_to_noise"]
 
 
 def min_snr_weights(
@@ -64,9 +62,8 @@ class DiffusionLoss:
     ):  # fmt: skip
         """All that chance decides: x0, noise, timesteps, whose caption is dropped.
 
-        It is drawn for the whole step, of whose pictures these are the `rows`, so that
-        the number of processes and micro-batches changes nothing. The timesteps are
-        spread evenly over the step, one from each of its pieces.
+        Drawn for the whole step, of which these are the `rows`, so that the number of
+        processes and micro-batches changes nothing. The timesteps are spread evenly.
         """
         device, count = generator.device, len(moments) * rows.step
         posterior = DiagonalGaussian(moments)
@@ -89,26 +86,16 @@ class DiffusionLoss:
         dropped = dropped.view(-1, *[1] * self.empty.ndim)
         context = torch.where(dropped, self.empty, texts)
         error = self.errors(unet, x0, noise, t, context)
-        third = self.scheduler.num_train_timesteps // 3
-        numbers = {
-            "error": error.mean(),
-            "error_low_noise": mean_where(t < third, error),
-            "error_high_noise": mean_where(t >= len(self.weights) - third, error),
-        }
-        return (self.weights[t] * error).mean(), numbers
+        third, log = self.scheduler.num_train_timesteps // 3, {"error": error.mean()}
+        thirds = (("low", t < third), ("high", t >= len(self.weights) - third))
+        for name, chosen in thirds:
+            total = torch.where(chosen, error, 0.0).sum()
+            log[f"error_{name}_noise"] = total / chosen.sum()
+        return (self.weights[t] * error).mean(), log
 
 
 def lean_to_noise(place: Float[Tensor, "b"], share: float) -> Float[Tensor, "b"]:
-    """Move places in [0, 1) so that `share` of them go to the last quarter instead.
-
-    Those that were in it stay; the order stays, too.
-    """
+    """Move a `share` of the first three quarters of [0, 1) to the last, in order."""
     early = 0.75 * (1 - share)  # what the first three quarters keep
-    slow = 0.75 * place / max(early, 1e-9)
-    fast = 0.75 + 0.25 * (place - early) / (1 - early)
-    return torch.where(place < early, slow, fast)
-
-
-def mean_where(chosen: Tensor, values: Tensor) -> Tensor:
-    """Mean of the chosen values; no number where there are none."""
-    return torch.where(chosen, values, 0.0).sum() / chosen.sum()
+    late = 0.75 + 0.25 * (place - early) / (1 - early)
+    return torch.where(place < early, 0.75 * place / max(early, 1e-9), late)

@@ -10,8 +10,9 @@ from torch.utils.data import Subset
 
 from ..pipeline import StableDiffusion
 from ..run.configs import TrainingConfig
+from ..run.folder import owns_output_dir
 from ..run.loading import as_it_is
-from ..run.processes import is_main_process, make_accelerator
+from ..run.processes import is_main_process, this_process
 from ..run.unet import make_noise_schedule, new_unet, open_frozen, prepare
 from .cache import Encoded
 from .loop import optimise
@@ -21,6 +22,7 @@ from .validation import Validation, sheet_of
 __all__ = ["train"]
 
 
+@owns_output_dir
 def train(config: TrainingConfig) -> StableDiffusion | None:
     """Train a UNet on a frozen VAE and text model, and save the whole pipeline.
 
@@ -28,7 +30,7 @@ def train(config: TrainingConfig) -> StableDiffusion | None:
     through the frozen parts once, before the loop. Writes the model to `output_dir`,
     which diffusers and `StableDiffusion.from_pretrained` open.
     """
-    device = make_accelerator(config).device
+    device = this_process().device
     sizes, dataset, shown, held = prepare(config)
     if config.dry_run:
         return None

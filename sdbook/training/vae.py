@@ -18,9 +18,10 @@ from torchvision.utils import make_grid
 
 from ..pipeline import to_pictures
 from ..run.configs import VAETrainingConfig
+from ..run.folder import owns_output_dir
 from ..run.memory import memory_needed
 from ..run.plan import say_plan
-from ..run.processes import is_main_process, make_accelerator
+from ..run.processes import is_main_process
 from ..run.settings import open_dataset
 from ..scenes import CrowdedScenes
 from ..vae import AutoencoderKL, VAEConfig
@@ -140,12 +141,12 @@ def rebuilt_sheet(
     return to_pictures(sheet[None], "pil")[0]
 
 
+@owns_output_dir
 def train_vae(config: VAETrainingConfig) -> AutoencoderKL | None:
     """Say the plan (with `dry_run` that is all), train a VAE, measure its latent scale.
 
     Writes `output_dir/vae` in diffusers' layout.
     """
-    make_accelerator(config)
     torch.manual_seed(config.seed)
     dataset, held = open_dataset(config), open_dataset(config, "validation")
     shown, side = dataset, config.image_size

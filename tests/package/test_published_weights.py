@@ -770,7 +770,7 @@ FAMILIES = {
     "a ControlNet, ": {"controlnet_cond_embedding.conv_in.weight": (8, 3, 3, 3)},
     "a LoRA, ": {"unet.down_blocks.0.attn1.to_q.lora_A.weight": (4, 8)},
     "an autoencoder alone": {"decoder.conv_in.weight": (8, 4, 3, 3)},
-    "does not look like a diffusion model": {"layer4.2.conv3.weight": (8, 8, 1, 1)},
+    "no diffusion model": {"layer4.2.conv3.weight": (8, 8, 1, 1)},
 }
 
 

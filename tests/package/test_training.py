@@ -526,12 +526,12 @@ def test_a_torn_checkpoint_and_the_one_before(tmp_path, way):
     newest.write_bytes(tear(newest.read_bytes(), way))
     with pytest.raises(ValueError, match="00020.pt is no checkpoint.*set resume"):
         load_checkpoint(newest, parts_of(nn.Linear(1, 1)))
-    with pytest.warns(UserWarning, match="00020.pt is torn; trying the one before"):
+    with pytest.warns(UserWarning, match="00020.pt cannot be used.*the one before"):
         optimise(config, nn.Linear(1, 1), Numbers(), line_loss)
     assert same(checkpoint_of(tmp_path), expected)
     for path in (first, newest):
         path.write_bytes(b"")
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="is whole.*none"):
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="be used.*none"):
         optimise(config, nn.Linear(1, 1), Numbers(), line_loss)
 
 
@@ -583,7 +583,7 @@ def stopping(config, stops, loss_of=noisy_loss):
         return loss_of(*given)
 
     for _ in stops:
-        with pytest.raises(KeyboardInterrupt, match="after step .* goes on from there"):
+        with pytest.raises(KeyboardInterrupt, match="after step .* goes on from step"):
             optimise(config, wide_net(), Numbers(), loss)
     return optimise(config, wide_net(), Numbers(), loss)
 
@@ -1257,11 +1257,10 @@ def write_toy_configs(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpu", [[], ["--gpu"]])
-def test_the_script_trains_ships_and_scores(tmp_path, gpu, capsys):
+def test_the_script_trains_ships_and_scores(tmp_path, capsys):
     write_toy_configs(tmp_path / "configs")
     places = [f"--{k}={tmp_path / k}" for k in ("runs", "data", "configs")]
-    arguments = [*gpu, *places, "--num_prompts=1", "--overfit=4"]
+    arguments = [*places, "--num_prompts=1", "--overfit=4"]
     arguments += ["--", "--max_steps=2"]
     tool = load_tool("train_scenes")
     tool.main(arguments)
@@ -1273,10 +1272,9 @@ def test_the_script_trains_ships_and_scores(tmp_path, gpu, capsys):
     pipe = StableDiffusion.from_pretrained(tmp_path / "data" / "models" / "scenes")
     before = pipe.unet.state_dict()
     assert "train-vae --config" in capsys.readouterr().out
-    if not gpu:  # started again, it finds everything done
-        tool.main(arguments)
-        again = StableDiffusion.from_pretrained(tmp_path / "data" / "models" / "scenes")
-        assert same(dict(before), dict(again.unet.state_dict()))
+    tool.main(arguments)  # started again, it finds everything done
+    again = StableDiffusion.from_pretrained(tmp_path / "data" / "models" / "scenes")
+    assert same(dict(before), dict(again.unet.state_dict()))
 
 
 def test_timesteps_lean_to_the_noisy_end():

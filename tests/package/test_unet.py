@@ -279,7 +279,7 @@ def test_configs_that_do_not_fit_together(options, message):
 @pytest.mark.parametrize(
     "option, value",
     [
-        ("use_linear_projection", True),
+        ("class_embed_type", "timestep"),
         ("class_embed_type", "timestep"),
         ("a_new_option", 3),
     ],

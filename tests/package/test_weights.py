@@ -96,7 +96,7 @@ def test_known_options_are_accepted_and_others_refused(folder):
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no folder .*nowhere.*give the folder"):
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere.*give a folder"):
         Tiny.from_pretrained(tmp_path / "nowhere")
 
 

@@ -4,7 +4,8 @@
     python tools/book/colab.py --check  change nothing, name the chapters without it
 
 The cell comes right after the card. It asks whether it is in Colab, and does nothing
-anywhere else; the pages leave it out. The repository's address comes from _config.yml.
+anywhere else; the pages leave it out. The repository's address comes from _config.yml,
+the oldest versions of what chapters import from pyproject.toml.
 """
 
 import argparse
@@ -14,11 +15,18 @@ from pathlib import Path
 
 import yaml
 
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
 ROOT = Path(__file__).resolve().parents[2]
 ID = "colab"
+BESIDES = ("diffusers", "torchmetrics", "peft", "datasets")  # what chapters import
 
 # What Colab has of these stays as it is: another torch or numpy would need a restart,
-# and may not fit its GPU. The folder must not be called sdbook, or `import sdbook`
+# and may not fit its GPU. What the package needs newer, pip brings up: transformers,
+# above all. The folder must not be called sdbook, or `import sdbook`
 # would find that instead of the package. After a restart everything is still there
 # but the working directory.
 CELL = """\
@@ -40,10 +48,12 @@ if "google.colab" in sys.modules:
         with open("/content/kept.txt", "w") as file:
             file.write("\\n".join(kept))
         pip = [sys.executable, "-m", "pip", "install", "--quiet"]
-        pip += ["--constraint", "/content/kept.txt", folder, "diffusers"]
-        pip += ["torchmetrics", "peft"]
+        pip += ["--constraint", "/content/kept.txt", folder]
+        pip += {besides}
         subprocess.run(pip, check=True)
         importlib.invalidate_caches()
+        if "transformers" in sys.modules:
+            print("Restart the session (menu Runtime), then run this cell again.")
     os.chdir(f"{{folder}}/chapters")"""
 
 
@@ -53,9 +63,18 @@ def address() -> str:
     return config["repository"]["url"]
 
 
+def besides() -> list[str]:
+    """What the cell installs besides the package, no older than the tests allow."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = tomllib.loads(text)["project"]["optional-dependencies"].values()
+    lines = [line for extra in extras for line in extra]
+    return [line for name in BESIDES for line in lines if line.startswith(name)]
+
+
 def cell() -> dict:
     """The cell as a notebook stores it: number 0, so that the others keep theirs."""
-    source = CELL.format(url=address()).splitlines(keepends=True)
+    listed = json.dumps(besides())
+    source = CELL.format(url=address(), besides=listed).splitlines(keepends=True)
     return {
         "cell_type": "code",
         "execution_count": 0,
