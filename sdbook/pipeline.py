@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .clip import CLIPTextConfig, CLIPTextModel, Tokenizer
-from .files import read_json, save_weights, saving_together
+from .files import save_weights, saving_together
 
 # Names that once stood here, for whoever imports them from here.
 from .formats import (  # noqa: F401
@@ -35,10 +35,10 @@ from .formats import (  # noqa: F401
     told_schedule,
     write_index,
 )
+from .scheduler_files import UnsupportedScheduler, load_scheduler
 from .schedulers import (
     DDIMScheduler,
     Scheduler,
-    change_scheduler,
     make_scheduler,
     noise_like,
     scheduler_class,
@@ -52,8 +52,8 @@ __all__ = [
     "OUTPUT_TYPES", "check_output_type", "to_pictures", "Pictures", "SourceImage",
     "prepare_prompts", "prepare_seeds", "prepare_guidance", "prepare_eta",
     "prepare_strength", "prepare_size", "check_latents", "picture_size",
-    "prepare_pictures", "as_pixels", "SD15_SCHEDULE", "load_scheduler", "NETWORKS",
-    "find_sizes", "follow_file",
+    "prepare_pictures", "as_pixels", "SD15_SCHEDULE", "NETWORKS", "find_sizes",
+    "follow_file",
 ]
 
 
@@ -89,8 +89,9 @@ class StableDiffusion:
 
     @scheduler.setter
     def scheduler(self, new: str | Scheduler):
-        if isinstance(new, str):
-            new = change_scheduler(self._scheduler, new)
+        if isinstance(new, str):  # latents have no range to be clipped to
+            options = {"clip_sample": False} | self._scheduler.options
+            new = scheduler_class(new).from_options(options, foreign=True)
         self._scheduler = new
 
     @property
@@ -277,7 +278,7 @@ class StableDiffusion:
                 getattr(self, part).save_pretrained(side / part, dtype)
             self.tokenizer.save_pretrained(side / "tokenizer")
             self.scheduler.save_pretrained(side / "scheduler")
-            write_index(side, type(self.scheduler).__name__)
+            write_index(side, self.scheduler.name)
 
     def save_original(
         self, path: str | os.PathLike, dtype: torch.dtype | None = None
@@ -329,17 +330,17 @@ class StableDiffusion:
             words.backend.pad_token = "!"  # where CLIP fills up with its end token
         # All that can be seen to be wrong is, before the slow part.
         check_parts(sizes["vae"], sizes["text_encoder"], words, sizes["unet"])
+        scheduler = make_scheduler("pndm", **SD15_SCHEDULE)
+        if folder:
+            scheduler = load_scheduler(folder / "scheduler")
+        if one_file:
+            scheduler = follow_file(scheduler, told_schedule(path, state))
         networks = {}
         for part, network in NETWORKS.items():
             source = path if one_file else path / part
             networks[part] = network.from_pretrained(
                 source, dtype, variant, ema=ema, config=sizes[part]
             )
-        scheduler = make_scheduler("pndm", **SD15_SCHEDULE)
-        if folder:
-            scheduler = load_scheduler(folder / "scheduler")
-        if one_file:
-            scheduler = follow_file(scheduler, told_schedule(path, state))
         return cls(tokenizer=words, scheduler=scheduler, **networks)
 
 
@@ -599,20 +600,6 @@ SD15_SCHEDULE = dict(
 )
 
 
-def load_scheduler(folder: Path) -> Scheduler:
-    """The scheduler of a model folder; DDIM, with a warning, for one we lack."""
-    try:
-        return Scheduler.from_pretrained(folder)
-    except ValueError:
-        name = read_json(folder / "scheduler_config.json").get("_class_name")
-        try:
-            scheduler_class(str(name))
-        except ValueError as missing:
-            warnings.warn(f"{folder}: {missing}; using ddim", stacklevel=3)
-            return DDIMScheduler.from_pretrained(folder)
-        raise
-
-
 NETWORKS = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "unet": UNet}
 
 
@@ -625,6 +612,10 @@ def find_sizes(folder: Path | None, family: str) -> dict:
 
 def follow_file(scheduler: Scheduler, told: dict) -> Scheduler:
     """The scheduler with what a single file says of its training; DDIM if it must."""
-    can = set(told) <= set(scheduler.defaults)
-    kind = type(scheduler) if can else DDIMScheduler
-    return kind.from_options(scheduler.options | told, foreign=True)
+    options = scheduler.options | told
+    if isinstance(scheduler, UnsupportedScheduler):
+        return UnsupportedScheduler(scheduler.name, options, scheduler.reason)
+    try:
+        return scheduler.from_options(options, foreign=True)
+    except ValueError:  # PNDM knows no schedule that ends in pure noise
+        return DDIMScheduler.from_options(options, foreign=True)
