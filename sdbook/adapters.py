@@ -9,7 +9,6 @@ understood is an error that names the file.
 import json
 import math
 import numbers
-import os
 import re
 from collections import Counter
 from fnmatch import fnmatchcase
@@ -19,7 +18,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .files import WeightsError, list_folder, read_json, read_weights, save_weights
+from .counts import counted
+from .files import (
+    WeightsError,
+    as_path,
+    list_folder,
+    read_json,
+    read_weights,
+    save_weights,
+)
 from .formats import UNET_RULES, rename
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks in a folder
@@ -71,13 +78,6 @@ OTHER_MODELS = {
 INSTEAD = "merge it in the program that made it, or use a plain LoRA"
 
 
-def as_path(path, what: str) -> Path:
-    """A path that somebody gave. Raises ValueError for an empty one, or none."""
-    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise ValueError(f"the path of {what} is {path!r}; give a file or a folder")
-    return Path(path)
-
-
 def file_for(path, name: str, what: str) -> Path:
     """Where to write: a .safetensors file as given, or `name` in a folder.
 
@@ -98,7 +98,11 @@ def check_number(
     """
     kind = numbers.Real if at_least is None else numbers.Integral
     is_number = isinstance(value, kind) and not isinstance(value, bool)
-    if not is_number or not -1e300 < value < 1e300:  # NaN is not, either
+    try:
+        is_number = is_number and math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        is_number = False
+    if not is_number:
         what = "finite" if at_least is None else "whole"
         raise ValueError(f"{name} is {value!r:.60}; give a {what} number")
     if at_least is not None and value < at_least:
@@ -278,7 +282,8 @@ def refuse_rest(file: Path, rest: list[str], found: dict) -> None:
         guess = f", made for {made_for[0]}" if made_for else ""
         some = ", ".join(f"{key:.200}" for key in rest[:5])
         raise WeightsError(
-            f"{file} holds {len(rest)} tensors that fit nothing here ({some}){guess}; "
+            f"{file} holds what fits nothing here: {counted(len(rest), 'tensor')} "
+            f"({some}){guess}; "
             "give a LoRA for this model, with names such as unet.….lora_A.weight "
             "(diffusers) or lora_unet_….lora_down.weight (kohya)"
         )

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import fused_attention
-from .files import write_json
+from .counts import counted
+from .files import as_path, saving_together, write_json
 from .formats import bare_text_names, own_weights, text_half
 from .resblocks import ResBlock
 from .weights import Config, Pretrained
@@ -95,7 +96,7 @@ def write_vocabulary(
 
 def open_tokenizer(folder: str | Path):
     """The `transformers.CLIPTokenizer` of a folder; errors name the folder."""
-    folder = Path(folder)
+    folder = as_path(folder, "a tokenizer")
     if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         raise FileNotFoundError(
             f"{folder} holds no tokenizer (neither vocab.json nor tokenizer.json); "
@@ -104,7 +105,11 @@ def open_tokenizer(folder: str | Path):
     from transformers import CLIPTokenizer
 
     try:
-        return CLIPTokenizer.from_pretrained(str(folder))
+        backend = CLIPTokenizer.from_pretrained(str(folder))
+        length = backend.model_max_length
+        if type(length) not in (int, float) or not length > 2:
+            raise ValueError(f"model_max_length={length!r} is no number of tokens")
+        return backend
     except Exception as error:  # each file has its own way to be broken
         raise ValueError(
             f"the tokenizer in {folder} cannot be read ({error}); copy it again"
@@ -175,9 +180,9 @@ class Tokenizer:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files of transformers' newer and older versions."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.backend.save_pretrained(str(folder))
-        write_older_files(self.backend, folder)
+        with saving_together(folder) as side:
+            self.backend.save_pretrained(str(side))
+            write_older_files(self.backend, side)
 
 
 def fit_to_length(backend, text: str, max_length: int) -> list[int]:
@@ -211,7 +216,7 @@ def warn_about_cut_words(lost: str, room: int) -> None:
     shown = " ".join(words[:12]) + (" …" if len(words) > 12 else "")
     warnings.warn(
         f"only {room} tokens of the prompt fit; the model does not see its last "
-        f"{len(words)} words: {shown!r}. Shorten the prompt",
+        f"{counted(len(words), 'word')}: {shown!r}. Shorten the prompt",
         stacklevel=4,
     )
 

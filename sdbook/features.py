@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .clip import CLIP, CLIPTextModel, Tokenizer
-from .files import read_weights, save_weights
+from .files import as_path, read_weights, save_weights
 from .formats import shipped_models
 from .images import to_pixels
 
@@ -112,7 +112,8 @@ def open_clip(name: str | Path = "clip") -> BookCLIP | TransformersCLIP:
 
     Raises FileNotFoundError, naming the three, for anything else.
     """
-    for folder in (Path(name), shipped_models().get(str(name), Path(name))):
+    path = as_path(name, "a CLIP")
+    for folder in (path, shipped_models().get(str(name), path)):
         if (folder / "clip.safetensors").is_file():
             return BookCLIP.from_pretrained(folder)
         if (folder / "preprocessor_config.json").is_file() or (

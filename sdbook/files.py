@@ -26,12 +26,12 @@ from torch import Tensor
 
 __all__ = [
     "WeightsError", "naming", "write_atomically", "write_json", "save_weights",
-    "sort_facts", "INDEX", "saving_together", "finish_saving", "no_file",
-    "list_folder", "read_json", "TOGETHER", "read_safetensors", "read_facts",
-    "check_sums", "wrong_sums", "STEMS", "KINDS", "VARIANTS", "weights_names",
-    "find_weights", "find_shards", "other_copies", "Ignored", "STAND_INS",
-    "ParameterDict", "read_pickle", "read_weights", "explain", "is_hub_id",
-    "lacks_weights", "fetch", "download",
+    "sort_facts", "as_path", "INDEX", "saving_together", "finish_saving", "no_file",
+    "list_folder", "some", "read_json", "TOGETHER", "read_safetensors", "read_facts",
+    "check_sums", "STEMS", "KINDS", "VARIANTS", "weights_names", "find_weights",
+    "find_shards", "other_copies", "Ignored", "STAND_INS", "ParameterDict",
+    "read_pickle", "read_weights", "explain", "is_hub_id", "lacks_weights", "fetch",
+    "download",
 ]
 
 
@@ -115,6 +115,13 @@ def sort_facts(path: Path) -> None:
             file.write(text.ljust(length))  # spaces at the end, as the format has it
 
 
+def as_path(path, what: str) -> Path:
+    """A path that somebody gave. Raises ValueError for an empty one, or none."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path).strip():
+        raise ValueError(f"the path of {what} is {path!r}; give a file or a folder")
+    return Path(path)
+
+
 INDEX = "model_index.json"  # without which no program opens a model's folder
 
 
@@ -125,7 +132,7 @@ def saving_together(folder: str | Path) -> Iterator[Path]:
     Interrupted before, all is as it was; after, `finish_saving` goes on. Other
     people's files stay. For one writer at a time.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "what to save")
     side = folder / ".saving"
     finish_saving(folder)
     shutil.rmtree(side, ignore_errors=True)  # of one that was killed
@@ -171,9 +178,13 @@ def no_file(path: Path) -> str:
 
 
 def list_folder(folder: Path) -> str:
-    """The names in a folder (a dozen at most), for an error message."""
-    names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:12] + ["…"] * (len(names) > 12)) or "nothing"
+    """The names in a folder, for an error message."""
+    return some(sorted(path.name for path in folder.iterdir())) or "nothing"
+
+
+def some(names: list[str], most: int = 20) -> str:
+    """Names (or the first of them), for an error message."""
+    return ", ".join(names[:most] + ["…"] * (len(names) > most))
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -189,7 +200,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > 10**8:
             raise ValueError("it has more than 100 MB")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise WeightsError(
             f"{path} is not valid JSON ({error}); copy or save it again"
@@ -226,30 +237,29 @@ def read_facts(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def check_sums(path: Path) -> None:
-    """Raise WeightsError if a tensor is not as it was saved, by a file's own sums."""
-    state = path.stat()
-    wrong = wrong_sums(path, state.st_mtime_ns, state.st_size)
-    if wrong:
-        raise WeightsError(
-            f"{path} is damaged (wrong check sum: {', '.join(wrong[:5])}"
-            f"{', …' * (len(wrong) > 5)}); copy or download it again"
-        )
-
-
 @cache
-def wrong_sums(path: Path, *version: int) -> list[str]:
-    """The tensors whose check sum is wrong; each `version` of a file is read once."""
+def check_sums(path: Path, *version: int) -> None:
+    """Raise WeightsError if a tensor is not as it was saved, by a file's own sums.
+
+    `version` (its time and size) makes a program ask once.
+    """
     sums, wrong = json.loads(read_facts(path).get("crc32", "{}")), []
+    buffer = memoryview(bytearray(2**20))  # mapped pages would stay in memory
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length)) if sums else {}
-        for name in header.keys() & sums.keys():
-            begin, end = header[name]["data_offsets"]
+        for name in sorted(header.keys() & sums.keys()):
+            (begin, end), found = header[name]["data_offsets"], 0
             file.seek(8 + length + begin)
-            if crc32(file.read(end - begin)) != sums[name]:
+            while begin < end and (count := file.readinto(buffer[: end - begin])):
+                found, begin = crc32(buffer[:count], found), begin + count
+            if found != sums[name]:
                 wrong.append(name)
-    return sorted(wrong)
+    if wrong:
+        raise WeightsError(
+            f"{path} is damaged (wrong check sum: {some(wrong, 5)}); "
+            "copy or download it again"
+        )
 
 
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers and of transformers
@@ -313,7 +323,10 @@ def find_shards(index: Path) -> list[Path]:
 
 
 def other_copies(path: Path) -> list[Path]:
-    """The weights beside `path` that some program could take in its place."""
+    """What some program would take beside or in place of `path`, though it is older."""
+    if path.name == "tokenizer_config.json":
+        more = ("added_tokens.json", "special_tokens_map.json")
+        return [path.with_name(name) for name in more if path.with_name(name).exists()]
     if path.name not in [f"{stem}.safetensors" for stem in STEMS]:
         return []
     found = set()
@@ -396,8 +409,8 @@ def read_weights(path: str | Path, mapped: bool = True) -> dict[str, Tensor]:
     try:
         if path.suffix.lower() != ".safetensors":
             return read_pickle(path, mapped)
-        tensors = read_safetensors(path, mapped)
-        check_sums(path)
+        tensors, state = read_safetensors(path, mapped), path.stat()
+        check_sums(path, state.st_mtime_ns, state.st_size)
         return tensors
     except (OSError, WeightsError):
         raise

@@ -39,16 +39,15 @@ from .run.finetuning import (
     say_lora,
 )  # fmt: skip
 from .run.folder import owns_output_dir
-from .run.loading import as_it_is
 from .run.processes import is_main_process
 from .run.settings import open_dataset
 from .schedulers import change_scheduler
-from .training.cache import Encoded, caption_ids
+from .training.cache import Encoded, as_it_is, caption_ids
 from .training.loop import optimise
 from .training.loss import DiffusionLoss
 from .words import (
     WORD_FILE,  # noqa: F401
-    check_word,
+    check_words,
     number_of,
     read_word,
     save_word,
@@ -366,8 +365,7 @@ def add_rows(
 
     Raises ValueError for a word that cannot be new, before anything is changed.
     """
-    for word in words:
-        check_word(pipe.tokenizer, word)
+    check_words(pipe.tokenizer, words)
     backend, text_encoder = pipe.tokenizer.backend, pipe.text_encoder
     backend.add_tokens(words)
     numbers = backend.convert_tokens_to_ids(words)

@@ -342,14 +342,18 @@ def find_in_shards(pattern: str) -> tuple[list[tuple[Packed, str]], list[str]]:
                 lacks = "caption (.txt)" if kind else "picture"
                 has = ", ".join(sample)
                 found.problems.append(f"{name}: no {lacks}; it has {has}")
-    return found.check(pattern)
+    return found.check(
+        pattern, "; a sample is two files, such as 0001.png and 0001.txt, whose names "
+        "agree up to the first dot",
+    )  # fmt: skip
 
 
 def _row_bytes(path: str, rows, number: int, column: str) -> bytes:
-    picture = rows[number][column]
-    if picture is None:
-        raise ValueError(f"{path}: row {number} holds no picture; remove it")
-    return picture["bytes"] or Path(picture["path"]).read_bytes()
+    picture = rows[number][column] or {"bytes": None, "path": None}
+    file = Path(picture["path"] or "")
+    if not picture["bytes"] and not file.is_file():
+        raise ValueError(f"{path}: row {number} holds no picture; mend or remove it")
+    return picture["bytes"] or file.read_bytes()
 
 
 def find_in_rows(path: str, image: str | None = None, words: str | None = None):
@@ -365,6 +369,8 @@ def find_in_rows(path: str, image: str | None = None, words: str | None = None):
         raise ValueError(f"{path} needs a library; pip install datasets") from None
     files = {"data_files": path} if path.endswith(".parquet") else {}
     try:
+        if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+            raise ValueError("it is no file, but a pipe or a device")
         rows = load_dataset("parquet" if files else path, split="train", **files)
         words = words or ("caption" if "caption" in rows.column_names else "text")
         rows = rows.select_columns([image := image or "image", words])

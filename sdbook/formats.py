@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .files import (
     INDEX,
     WeightsError,
+    as_path,
     download,
     finish_saving,
     is_hub_id,
@@ -26,18 +27,19 @@ from .files import (
     read_facts,
     read_json,
     read_weights,
+    some,
     write_json,
 )
-from .weights import family, some
+from .weights import family
 
 __all__ = [
     "UNET_RULES", "VAE_RULES", "OLD_VAE_RULES", "OPENCLIP_RULES", "as_pattern",
-    "count_places", "rename", "NAMINGS", "prefixes", "renamed_keys", "HARMLESS",
-    "averaged_name", "take_averages", "split_projections", "fit_kernels",
-    "bare_text_names", "text_half", "rename_all", "own_weights", "to_original",
-    "PARTS", "write_index", "check_index", "model_folders", "shipped_models",
-    "find_model", "check_checkpoint", "TASKS", "check_task", "told_schedule",
-    "describe", "find_part", "CLIP_TOKENIZER", "find_tokenizer",
+    "count_places", "rename", "NAMINGS", "renamed_keys", "HARMLESS", "prefixes",
+    "averaged_name", "split_projections", "fit_kernels", "bare_text_names",
+    "text_half", "rename_all", "own_weights", "to_original", "PARTS", "write_index",
+    "check_index", "model_folders", "shipped_models", "find_model", "check_checkpoint",
+    "TASKS", "check_task", "told_schedule", "describe", "find_part", "CLIP_TOKENIZER",
+    "find_tokenizer",
 ]
 
 
@@ -145,11 +147,6 @@ NAMINGS = {
 }
 
 
-def prefixes(diffusers_class: str) -> tuple[str, ...]:
-    """What the names of a network's weights begin with in an original file."""
-    return tuple(dict(NAMINGS[diffusers_class]))
-
-
 def renamed_keys(model: nn.Module, naming: int = 0) -> dict[str, str]:
     """Each key of the model's file, and what others call it: {ours: theirs}."""
     prefix, rules = NAMINGS[model.diffusers_class][naming]
@@ -166,21 +163,14 @@ HARMLESS = re.compile(
 )
 
 
+def prefixes(diffusers_class: str) -> tuple[str, ...]:
+    """What the names of a network's weights begin with in an original file."""
+    return tuple(dict(NAMINGS[diffusers_class]))
+
+
 def averaged_name(key: str) -> str:
     """Where an original checkpoint keeps the running average (EMA) of a weight."""
     return "model_ema." + key.removeprefix("model.").replace(".", "")
-
-
-def take_averages(
-    part: dict[str, Tensor], state: dict[str, Tensor], names: set[str]
-) -> dict[str, Tensor]:
-    """The averaged copy of `names` in place of the other; what is unknown stays."""
-    averages = {averaged_name(name): name for name in names}
-    taken = {key: tensor for key, tensor in part.items() if key not in names}
-    for key, tensor in state.items():
-        if key.startswith("model_ema."):
-            taken[averages.get(key, key)] = tensor
-    return taken
 
 
 def split_projections(
@@ -262,8 +252,11 @@ def own_weights(
     state = {key: t for key, t in state.items() if not HARMLESS.match(key)}
     state = split_projections(state, getattr(model.config, "num_hidden_layers", None))
     part = {key: t for key, t in state.items() if key.startswith(before)}
-    if ema and any(averaged_name(name) in state for name in ours):
-        part = take_averages(part, state, set(ours))
+    averages = {averaged_name(name): name for name in ours}
+    if ema and averages.keys() & state.keys():  # those, and what is left unknown
+        part = {key: t for key, t in part.items() if key not in ours}
+        copies = {key: t for key, t in state.items() if key.startswith("model_ema.")}
+        part |= {averages.get(key, key): t for key, t in copies.items()}
     if not part:  # this network alone, with or without the original's names
         part = {k: t for k, t in state.items() if not k.startswith("model_ema.")}
 
@@ -354,7 +347,7 @@ def find_model(
 
     Raises FileNotFoundError, saying what there is, when it is none of them.
     """
-    shipped, path = shipped_models(), Path(name)
+    shipped, path = shipped_models(), as_path(name, "a model")
     whole = [one for one, folder in shipped.items() if (folder / INDEX).is_file()]
     known = f"shipped with the book: {', '.join(whole) or 'none found'}"
     finish_saving(path)
@@ -461,7 +454,7 @@ def find_part(name: str | os.PathLike, part: str, weights: bool = True) -> Path:
     `name` is that folder or file, a model that has the part, the name of one that ships
     with the book, or a hub id. Raises FileNotFoundError, saying what there is.
     """
-    path, shipped = Path(name), shipped_models()
+    path, shipped = as_path(name, f"a {part}"), shipped_models()
     here = path.is_file() or (path / part).is_dir() or any(path.glob("*config.json"))
     if not here and str(name) in shipped:
         path = shipped[str(name)]
@@ -481,8 +474,9 @@ CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # which all SD 1.x models shar
 
 def find_tokenizer(source: str | os.PathLike | None) -> Path:
     """The folder of a tokenizer, as `find_part` finds it; by default CLIP's own."""
+    name = CLIP_TOKENIZER if source is None else source
     try:
-        return find_part(source or CLIP_TOKENIZER, "tokenizer", weights=False)
+        return find_part(name, "tokenizer", weights=False)
     except FileNotFoundError as error:
         why = "" if source else "a single file holds no tokenizer, and "
         raise FileNotFoundError(f"{why}{error} as tokenizer=") from error

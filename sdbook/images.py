@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
-from .files import is_hub_id, write_atomically
+from .files import as_path, is_hub_id, write_atomically
 from .folders import (
     IMAGE_SUFFIXES,
     find_captions,
@@ -60,11 +60,13 @@ class CaptionedDataset(Dataset):
     """What training may ask of every dataset of captioned pictures.
 
     Items are `(pixels, caption)`: float32 (3, side, side) from -1 to 1, and a string.
-    `problems` lists what had to be left out.
+    `problems` lists what had to be left out. If it is `drawn`, by our own code and
+    without end, `scene(i)` tells what stands in picture i.
     """
 
     side: int
     problems: Sequence[str] = ()
+    drawn = False
 
     def read(self, index: int) -> Float[Tensor, "3 h w"] | None:
         """The pixels of an item; None if its picture cannot be read."""
@@ -95,6 +97,10 @@ class CaptionedDataset(Dataset):
         """`(key, pixels)` of items given as (key, number); None if unreadable."""
         return [(key, self.read(number)) for key, number in wanted]
 
+    def for_vae(self, seed: int = 0) -> "CaptionedDataset":
+        """What to train a VAE on, which reads no captions: here, the same."""
+        return self
+
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Any Pillow picture as RGB with 8 bits, transparency over white.
@@ -106,8 +112,9 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         values, top = np.asarray(picture), 1 if picture.mode == "F" else 65_535
         if not 0 <= values.min() <= values.max() <= top:
             raise ValueError(f"pixels beyond 0 to {top:,}; save it with 8 bits")
-        values = values.astype(np.float32) / (top / 255)
-        picture = Image.fromarray(values.round().astype(np.uint8))
+        scaled = (values.astype(np.float32) / (top / 255)).round().astype(np.uint8)
+        scaled[values == picture.info.get("transparency", -1)] = 255
+        picture = Image.fromarray(scaled)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
@@ -315,7 +322,7 @@ class CaptionedRows(CaptionedImages):
 
 def open_pictures(path: str, *how, **options) -> CaptionedImages:
     """The pictures of a folder, of .tar or .parquet files, or of a set on the hub."""
-    folder, kind = Path(path).expanduser(), CaptionedImages
+    folder, kind = as_path(path, "pictures").expanduser(), CaptionedImages
     inside = [*folder.glob("*.parquet"), *folder.glob("data/*.parquet")]
     if path.endswith(".tar"):
         kind = CaptionedShards

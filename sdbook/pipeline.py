@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .clip import CLIPTextConfig, CLIPTextModel, Tokenizer
-from .files import save_weights, saving_together
+from .files import read_weights, save_weights, saving_together
 
 # Names that once stood here, for whoever imports them from here.
 from .formats import (  # noqa: F401
@@ -45,7 +45,7 @@ from .schedulers import (
 )
 from .unet import UNet, UNetConfig
 from .vae import AutoencoderKL, VAEConfig
-from .weights import family, refuse_options
+from .weights import about, family, refuse_options
 
 __all__ = [
     "guide", "StableDiffusion", "require", "check_parts", "check_tokenizer",
@@ -53,7 +53,7 @@ __all__ = [
     "prepare_prompts", "prepare_seeds", "prepare_guidance", "prepare_eta",
     "prepare_strength", "prepare_size", "check_latents", "picture_size",
     "prepare_pictures", "as_pixels", "SD15_SCHEDULE", "NETWORKS", "find_sizes",
-    "follow_file",
+    "find_scheduler",
 ]
 
 
@@ -315,7 +315,7 @@ class StableDiffusion:
         if one_file:
             unused = dict(variant=variant, revision=revision)
             refuse_options(name, "a folder or a hub id", **unused)
-            folder = find_model(config, weights=False) if config else None
+            folder = None if config is None else find_model(config, weights=False)
             require(not folder or folder.is_dir(), f"config={str(config)!r} is a file, "
                     "but must be a folder with the sizes, in diffusers' layout")
         else:
@@ -325,17 +325,14 @@ class StableDiffusion:
             check_index(folder)
         state = check_checkpoint(path) if one_file else {}
         sizes = find_sizes(folder, family(state))
-        words = Tokenizer.from_pretrained(find_tokenizer(tokenizer or folder))
+        words = folder if tokenizer is None else tokenizer
+        words = Tokenizer.from_pretrained(find_tokenizer(words))
         if not folder and not tokenizer and family(state) == "SD 2.x":
             words.backend.pad_token = "!"  # where CLIP fills up with its end token
         # All that can be seen to be wrong is, before the slow part.
-        check_parts(sizes["vae"], sizes["text_encoder"], words, sizes["unet"])
-        scheduler = make_scheduler("pndm", **SD15_SCHEDULE)
-        if folder:
-            scheduler = load_scheduler(folder / "scheduler")
-        if one_file:
-            scheduler = follow_file(scheduler, told_schedule(path, state))
-        networks = {}
+        with about(path):
+            check_parts(sizes["vae"], sizes["text_encoder"], words, sizes["unet"])
+        scheduler, networks = find_scheduler(path, folder), {}
         for part, network in NETWORKS.items():
             source = path if one_file else path / part
             networks[part] = network.from_pretrained(
@@ -610,8 +607,18 @@ def find_sizes(folder: Path | None, family: str) -> dict:
     return {part: one.config_class.of(family) for part, one in NETWORKS.items()}
 
 
-def follow_file(scheduler: Scheduler, told: dict) -> Scheduler:
-    """The scheduler with what a single file says of its training; DDIM if it must."""
+def find_scheduler(model: Path, folder: Path | None = None) -> Scheduler:
+    """The scheduler of a model's folder, or of one file: `folder`'s or SD 1.5's.
+
+    What a file tells of its training goes first; DDIM if that scheduler cannot.
+    """
+    folder = model if model.is_dir() else folder
+    told = {} if model.is_dir() else told_schedule(model, read_weights(model))
+    scheduler = make_scheduler("pndm", **SD15_SCHEDULE)
+    if folder:
+        scheduler = load_scheduler(folder / "scheduler")
+    if not told:
+        return scheduler
     options = scheduler.options | told
     if isinstance(scheduler, UnsupportedScheduler):
         return UnsupportedScheduler(scheduler.name, options, scheduler.reason)

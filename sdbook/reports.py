@@ -4,12 +4,24 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from PIL import Image
 from tqdm.auto import tqdm
 
+from .files import write_atomically
 from .images import labelled_grid
 from .pipeline import StableDiffusion
 
 Records = dict[str, list[dict]]  # for each kind of prompt, what `evaluate` returns
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text, whole or not at all."""
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_png(path: Path, picture: Image.Image) -> None:
+    """Write a picture, whole or not at all."""
+    write_atomically(path, lambda file: picture.save(file, "PNG"))
 
 
 def markdown_table(heads: list[str], rows: Iterable[list]) -> str:
@@ -58,16 +70,16 @@ def write_report(
     }
     report = {"facts": facts, "scores": scores, "measures": measures, "records": rows}
     text = json.dumps(report, indent=1, ensure_ascii=False)
-    (folder / "scores.json").write_text(text + "\n", encoding="utf-8")
+    write_text(folder / "scores.json", text + "\n")
     text = "\n".join(filter(None, [scores_table(scores), measures_table(measures)]))
-    (folder / "scores.md").write_text(text, encoding="utf-8")
+    write_text(folder / "scores.md", text)
     by_turns = [row for turn in zip(*records.values(), strict=False) for row in turn]
     for name, wanted in (("right", True), ("wrong", False)):
         chosen = [row for row in by_turns if row["right"] is wanted][:24]
         if chosen:
             labels = [f"{row['prompt']}; seen: {row['seen']}" for row in chosen]
             sheet = labelled_grid([row["image"] for row in chosen], labels, 6)
-            sheet.save(folder / f"{name}.png")
+            write_png(folder / f"{name}.png", sheet)
 
 
 def read_report(folder: str | Path) -> dict:
@@ -125,7 +137,7 @@ def write_geneval(
         place = Path(folder) / f"{number:05}"
         (place / "samples").mkdir(parents=True, exist_ok=True)
         line = json.dumps(prompt, ensure_ascii=False) + "\n"
-        (place / "metadata.jsonl").write_text(line, encoding="utf-8")
+        write_text(place / "metadata.jsonl", line)
         images = pipe(
             prompt["prompt"],
             num_images_per_prompt=num_images,
@@ -134,4 +146,4 @@ def write_geneval(
             **options,
         ).images
         for k, image in enumerate(images):
-            image.save(place / "samples" / f"{k:04}.png")
+            write_png(place / "samples" / f"{k:04}.png", image)

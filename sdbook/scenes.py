@@ -421,6 +421,8 @@ class Scenes(CaptionedDataset):
     (not in "held_out") come as often as `KINDS` says, or twice as often if named twice.
     """
 
+    drawn = True
+
     def __init__(
         self, size: int = 64, split: str = "train", seed: int = 0,
         length: int = 20_000, kinds: Iterable[str] = tuple(KINDS),
@@ -479,6 +481,10 @@ class Scenes(CaptionedDataset):
         held.odds = self.odds
         return list(range(self.length)), held
 
+    def for_vae(self, seed: int = 0) -> "CrowdedScenes":
+        """As many pictures, in which there is more to see."""
+        return CrowdedScenes(self.side, seed, self.length)
+
 
 class CrowdedScenes(Scenes):
     """Pictures crowded with up to eight things anywhere, for training a VAE.
@@ -493,11 +499,9 @@ class CrowdedScenes(Scenes):
     def scene(self, index: int) -> Scene:
         """What stands in picture `index`, in which nothing is asked for or said."""
         rng = np.random.default_rng((self.seed, len(SPLITS), index))
-        things = []
+        things, kinds = [], (SHAPES, COLOURS, SIZES)
         for _ in range(rng.integers(1, 9)):
-            shape, colour, size = (
-                str(rng.choice(list(options))) for options in (SHAPES, COLOURS, SIZES)
-            )
+            shape, colour, size = (str(rng.choice(list(kind))) for kind in kinds)
             half = SIZES[size] * CELLS // 128
             x, y = rng.integers(half, CELLS - half + 1, 2) / CELLS
             if (shape, colour) not in HELD_OUT_PAIRS:

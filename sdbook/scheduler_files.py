@@ -7,8 +7,9 @@ import warnings
 from pathlib import Path
 
 from .files import read_json
-from .scheduler_options import errors_name, read_options
+from .scheduler_options import read_options
 from .schedulers import DDIMScheduler, Floats, Scheduler, Timesteps, scheduler_class
+from .weights import about
 
 __all__ = ["REPLACED", "UnsupportedScheduler", "load_scheduler"]
 
@@ -49,7 +50,7 @@ def load_scheduler(folder: str | Path) -> Scheduler:
     written, options = read_options(path)
     names = read_json(model / "model_index.json").get("scheduler")
     name, options["clip_sample"] = (names or [None, written])[1], False
-    with errors_name(path):
+    with about(path):
         if name in REPLACED:
             warnings.warn(f"{path}: there is no {name}; using ddim", stacklevel=3)
             return DDIMScheduler.from_options(options, foreign=True)

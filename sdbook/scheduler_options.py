@@ -4,12 +4,11 @@ Written by hand. Chapters 7 and 10 teach what the options do.
 """
 
 import math
-from contextlib import contextmanager
 from pathlib import Path
 
 from .files import read_json
 
-__all__ = ["FIXED", "IGNORED", "check_options", "read_options", "errors_name"]
+__all__ = ["FIXED", "IGNORED", "check_options", "read_options"]
 
 _sigmas = dict(use_exponential_sigmas=(False, None), use_beta_sigmas=(False, None))
 _solver = _sigmas | dict(
@@ -74,12 +73,3 @@ def read_options(path: Path) -> tuple[str, dict]:
     values = read_json(path)
     options = {key: v for key, v in values.items() if not key.startswith("_")}
     return str(values.get("_class_name")), options
-
-
-@contextmanager
-def errors_name(path: Path):
-    """Make a ValueError in what follows name the file."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error

@@ -16,7 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .files import write_json
-from .scheduler_options import FIXED, IGNORED, check_options, errors_name, read_options
+from .scheduler_options import FIXED, IGNORED, check_options, read_options
+from .weights import about
 
 __all__ = [
     "Floats", "Level", "Sample", "Timestep", "Timesteps", "Generators",
@@ -285,7 +286,7 @@ class Scheduler:
         """
         path = Path(folder) / "scheduler_config.json"
         written, options = read_options(path)
-        with errors_name(path):
+        with about(path):
             kind = cls if cls in SCHEDULERS.values() else scheduler_class(written)
             return kind.from_options(options, foreign=kind.__name__ != written)
 

@@ -4,6 +4,8 @@ Generated from chapters/B_file_formats.ipynb; do not edit.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from reprlib import repr as shorten
@@ -15,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from .files import (
     WeightsError,
+    as_path,
     download,
     find_weights,
     finish_saving,
@@ -23,11 +26,12 @@ from .files import (
     read_weights,
     save_weights,
     saving_together,
+    some,
     write_json,
 )
 
 __all__ = [
-    "load_strictly", "some", "CLUES", "WIDTHS", "family", "LIMITS", "is_of_type",
+    "load_strictly", "CLUES", "WIDTHS", "family", "LIMITS", "is_of_type", "about",
     "Config", "Pretrained", "Undrawn", "build_empty", "fill", "refuse_options",
 ]
 
@@ -66,11 +70,6 @@ def load_strictly(
             "pass it as config="
         )
     module.load_state_dict(state_dict, assign=True)
-
-
-def some(names: list[str]) -> str:
-    """Names (twenty at most), for an error message."""
-    return ", ".join(names[:20]) + ", …" * (len(names) > 20)
 
 
 CLUES = {
@@ -122,13 +121,22 @@ def is_of_type(value: Any, kind: Any, name: str = "") -> bool:
     return type(value) is kind and (kind is not int or least <= value <= most)
 
 
+@contextmanager
+def about(where: str | Path) -> Iterator[None]:
+    """Makes a WeightsError that begins with `where` of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise WeightsError(f"{where}: {error}") from error
+
+
 @dataclass(frozen=True)
 class Config:
     """Base of the model configs: a frozen dataclass that reads and writes config.json.
 
-    Fields are named as in the reference library's file. More may stand there: what is
-    off, what `fixed` and `derived` say, and what `ignored` names for changing nothing.
-    The defaults are SD 1.5's; `families` says where those of others differ.
+    Fields are named as in the reference library's file. More may stand there: whatever
+    is off (None, False or 0), known or not; what `fixed` and `derived` say; and what
+    `ignored` names for changing nothing. The defaults are SD 1.5's, but for `families`.
     """
 
     fixed: ClassVar[dict[str, Any]] = {}
@@ -154,7 +162,8 @@ class Config:
                     problems.append(f"{key}={shorten(value)} (like {field.default!r})")
             elif not key.startswith("_") and key not in cls.ignored:
                 others[key] = value
-        config = None if problems else cls.built(known, where)
+        with about(where):
+            config = None if problems else cls(**known)
         for key, value in others.items() if config else ():
             only = cls.fixed | config.derived()
             if key in only and value != only[key]:
@@ -178,14 +187,6 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds; the reference library reads it too."""
         return asdict(self) | self.derived()
-
-    @classmethod
-    def built(cls, known: dict[str, Any], where: str):
-        """A config of these values; WeightsError, with their file, for a misfit."""
-        try:
-            return cls(**known)
-        except ValueError as error:
-            raise WeightsError(f"{where}: {error}") from error
 
     @classmethod
     def of(cls, family: str):
@@ -271,7 +272,7 @@ class Pretrained:
         or 2.1. Raises FileNotFoundError or WeightsError, which name the file and the
         remedy, and ValueError for a `variant` or `revision` of a file.
         """
-        dtype, path = dtype or torch.float32, Path(source)
+        dtype, path = dtype or torch.float32, as_path(source, "a model")
         one = path.is_file()
         if one:
             options = {"variant": variant, "revision": revision}
@@ -283,7 +284,8 @@ class Pretrained:
         if config is None:
             config = cls.find_config(path)
         files = [path] if one else find_weights(path, cls.weights_name, variant)
-        model = build_empty(cls, config)
+        with about(path):
+            model = build_empty(cls, config)
         fill(model, files, mapped=dtype == torch.float32, ema=ema)
         return model.to(dtype).eval()
 
@@ -311,10 +313,8 @@ def fill(model: Pretrained, files: list[Path], mapped: bool, ema: bool) -> None:
     state_dict = {}
     for file in files:
         state_dict |= read_weights(file, mapped)
-    try:
+    with about(files[0]):
         state_dict = model.rename_on_load(state_dict, ema)
-    except WeightsError as error:
-        raise WeightsError(f"{files[0]}: {error}") from error
     load_strictly(model, state_dict, str(files[0]))
 
 

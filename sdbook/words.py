@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .adapters import as_path, file_for
+from .adapters import file_for
 from .clip import Tokenizer, expand_words
-from .files import WeightsError, list_folder, read_weights, save_weights
+from .files import WeightsError, as_path, list_folder, read_weights, save_weights
 from .weights import WIDTHS
 
 WORD_FILE = "learned_embeds.safetensors"
@@ -25,46 +25,48 @@ def spelled(word: str, count: int) -> list[str]:
     return [word, *(f"{word}_{number}" for number in range(1, count))]
 
 
-def check_word(tokenizer: Tokenizer, word: str) -> None:
-    """Raise ValueError for a word that the tokenizer knows, or that is no new word."""
-    if not isinstance(word, str) or word.split() != [word]:
-        raise ValueError(f"{word!r} is not one word; give one without spaces, as <new>")
-    try:
-        word.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{word!r} is no text; give a word such as <new>") from None
+def check_words(tokenizer: Tokenizer, words: list[str]) -> None:
+    """Raise ValueError for words that the tokenizer knows, or that cannot be new."""
     backend = tokenizer.backend
-    pieces, added = backend.tokenize(word), backend.added_tokens_encoder
-    vocabulary = backend.get_vocab()
-    if word in vocabulary or len(pieces) < 2:
-        raise ValueError(
-            f"the tokenizer knows {word!r} already; choose another word, as <{word}>"
-        )
-    base = re.fullmatch(r"(.+)_\d+", word)
-    if f"{word}_1" in vocabulary or (base and base[1] in added):
-        raise ValueError(
-            f"{word!r} would be one word with several rows together with one that was "
-            "added already; choose another word"
-        )
-    symbols = "".join(pieces).replace("</w>", "")
-    torn = [
-        backend.convert_tokens_to_string([token]).strip()
-        for token in vocabulary
-        if symbols in token.removesuffix("</w>") and token not in added
-    ]
-    if torn:
-        raise ValueError(
-            f"{word!r} is a piece of words that the tokenizer knows, which it would "
-            f"tear ({', '.join(sorted(torn)[:5])}); choose another word, as <{word}>"
-        )
+    vocabulary, added = backend.get_vocab(), backend.added_tokens_encoder
+    known = [token.removesuffix("</w>") for token in vocabulary if token not in added]
+    for word in words:
+        one = isinstance(word, str) and word.split() == [word] and len(word) < 200
+        if not one:
+            raise ValueError(
+                f"{word!r:.60} is not one word; give one without spaces, as <new>"
+            )
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{word!r} is no text; give a word, as <new>") from None
+        pieces, other = backend.tokenize(word), f"<{word.strip('<>')}-2>"
+        if word in vocabulary or len(pieces) < 2:
+            raise ValueError(
+                f"the tokenizer knows {word!r} already; choose another word, as {other}"
+            )
+        base = re.fullmatch(r"(.+)_\d+", word)
+        if f"{word}_1" in vocabulary or (base and base[1] in added):
+            raise ValueError(
+                f"{word!r} would be one word with several rows together with one that "
+                f"was added already; choose another word, as {other}"
+            )
+        symbols = "".join(pieces).replace("</w>", "")
+        if torn := sorted({token for token in known if symbols in token}):
+            torn = [backend.convert_tokens_to_string([one]) for one in torn[:5]]
+            raise ValueError(
+                f"{word!r} is a piece of words that the tokenizer knows, which it "
+                f"would tear ({', '.join(torn)}); choose another word, as {other}"
+            )
 
 
 def number_of(tokenizer: Tokenizer, word: str) -> int:
     """The number of a word that is one token. Raises ValueError for any other."""
-    ids = tokenizer.backend(str(word), add_special_tokens=False)["input_ids"]
+    text = word if isinstance(word, str) else ""
+    ids = tokenizer.backend(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise ValueError(
-            f"{word!r} is {len(ids)} tokens; give a word that is one, such as a "
+            f"{word!r:.60} is {len(ids)} tokens; give a word that is one, such as a "
             "common one for what you teach"
         )
     return ids[0]

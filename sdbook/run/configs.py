@@ -5,8 +5,9 @@ What all have in common is `settings.RunConfig`.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from .settings import RunConfig, check_multiple, check_side, setting
+from .settings import RunConfig, check_multiple, check_places, check_side, setting
 
 # Widths of the levels, residual blocks a level, which levels read the text (counted
 # from 0 at the top), attention heads, groups of every GroupNorm.
@@ -82,8 +83,14 @@ class TrainingConfig(RunConfig):
     num_validation: int = setting(64, at_least=0)
     sample_prompts: tuple[str, ...] = setting((), affects_steps=False)
 
+    @property
+    def enough(self) -> int:
+        """Who goes on from a finished model needs fewer pictures."""
+        return 100 if self.pretrained else RunConfig.enough
+
     def __post_init__(self):
         super().__post_init__()
+        check_places(self, "pretrained")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError(
                 "rescale_betas_zero_snr makes the last timestep pure noise, from which "
@@ -178,6 +185,8 @@ class FinetuningConfig(RunConfig):
         snr_gamma: min-SNR weighting (Hang et al., 2023); 0 for none.
     """
 
+    enough: ClassVar[int] = 1
+
     dataset_path: str = "my-pictures"
     batch_size: int = 8
     max_steps: int = 400
@@ -187,6 +196,10 @@ class FinetuningConfig(RunConfig):
     pretrained: str = "scenes"
     caption_dropout: float = setting(0.1, at_least=0, at_most=1)
     snr_gamma: float = setting(5.0, at_least=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_places(self, "pretrained")
 
 
 @dataclass(frozen=True)

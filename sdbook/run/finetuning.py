@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..clip import CLIPTextModel
+from ..counts import counted
 from ..files import write_atomically
 from ..images import CaptionedImages
 from ..pipeline import StableDiffusion
@@ -19,7 +20,7 @@ from .checkpoints import check_fits, find_checkpoint
 from .configs import FinetuningConfig, LoRATrainingConfig
 from .memory import memory_needed
 from .plan import say_plan
-from .processes import count_steps, is_main_process, this_process
+from .processes import count_steps, this_process
 from .settings import check_side
 
 
@@ -41,11 +42,14 @@ def open_model(config: FinetuningConfig) -> StableDiffusion:
 def draw_class(config: LoRATrainingConfig, pipe: StableDiffusion) -> CaptionedImages:
     """What the model draws before it is changed, each picture beside its prompt.
 
-    In `output_dir/class`; pictures that are there already stay.
+    In `output_dir/class`; pictures that are there already stay. Each process draws its
+    share.
     """
+    process = this_process()
+    mine = slice(process.process_index, None, process.num_processes)
     folder = Path(config.output_dir) / "class"
     folder.mkdir(parents=True, exist_ok=True)
-    for number in range(config.num_class_pictures if is_main_process() else 0):
+    for number in range(config.num_class_pictures)[mine]:
         path = folder / f"{number:05}.png"
         prompt = config.class_prompts[number % len(config.class_prompts)]
         words, text = path.with_suffix(".txt"), prompt.encode()
@@ -54,7 +58,7 @@ def draw_class(config: LoRATrainingConfig, pipe: StableDiffusion) -> CaptionedIm
         image = pipe(prompt, seed=config.seed + number, progress=False).images[0]
         write_atomically(path, lambda file: image.save(file, "PNG"))  # noqa: B023
         write_atomically(words, lambda file: file.write_bytes(text))  # noqa: B023
-    this_process().wait_for_everyone()
+    process.wait_for_everyone()
     return CaptionedImages(folder, config.image_size)
 
 
@@ -92,8 +96,8 @@ def say_lora(
     if config.class_prompts:
         classes = config.num_class_pictures
         also["class"] = (
-            f"{classes:,} pictures drawn first, to {config.output_dir}/class; each "
-            "step sees as many of them besides"
+            f"{counted(classes, 'picture')} drawn first, to {config.output_dir}/class; "
+            "each step sees as many of them besides"
         )
     processes, longest = this_process().num_processes, max(len(dataset), classes)
     say_finetuning(

@@ -1,8 +1,11 @@
 """What a run is going to do, said before its first step."""
 
+import warnings
+
 from torch import nn
 from torch.utils.data import Dataset
 
+from ..counts import counted, readable
 from .checkpoints import find_checkpoint
 from .processes import (
     count_steps,
@@ -13,15 +16,30 @@ from .processes import (
 from .settings import RunConfig
 
 
-def say_plan(config: RunConfig, *facts, **more) -> None:
-    """Print the plan, once."""
+def say_plan(config: RunConfig, dataset: Dataset, *facts, **more) -> None:
+    """Print the plan, once, and warn of far too few pictures."""
     if is_main_process():
-        print(describe_plan(config, *facts, **more), flush=True)
+        print(describe_plan(config, dataset, *facts, **more), flush=True)
+        warn_of_few(config, dataset, more.get("shown") or len(dataset))
 
 
-def readable(size: int) -> str:
-    """A number of bytes as people say it."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+def say_epochs(epochs: float) -> str:
+    """How much of the data a run sees, as people say it."""
+    if epochs < 1:
+        return f"{100 * epochs:.3g} % of all pictures are seen"
+    times = "once" if f"{epochs:.1f}" == "1.0" else f"{epochs:,.1f} times"
+    return f"every picture is seen {times}"
+
+
+def warn_of_few(config: RunConfig, dataset: Dataset, shown: int) -> None:
+    """Warn of far too few pictures for what is trained; scenes are as many as asked."""
+    if shown < config.enough and not getattr(dataset, "drawn", False):
+        warnings.warn(
+            f"{counted(shown, 'picture')} to train on: far too few, the model will "
+            "know them by heart and little else. Give thousands, or let a finished "
+            "model learn from these with `sdbook train-lora`",
+            stacklevel=2,
+        )
 
 
 def describe_plan(
@@ -42,17 +60,19 @@ def describe_plan(
     count = sum(weight.numel() for weight in model.parameters())
     epochs = config.max_steps * pictures / shown
     lines = {
-        "data": f"{config.dataset_path}: {shown:,} pictures to train on, {held:,} "
-        f"held out, {rejected:,} rejected, {config.image_size} pixels a side",
-        "model": f"{count:,} parameters to train",
-        "steps": f"{config.max_steps:,} of {pictures:,} pictures ({epochs:.1f} epochs)",
+        "data": f"{config.dataset_path}: {counted(shown, 'picture')} to train on, "
+        f"{held:,} held out, {rejected:,} rejected, "
+        f"{counted(config.image_size, 'pixel')} a side",
+        "model": f"{counted(count, 'parameter')} to train",
+        "steps": f"{config.max_steps:,} of {counted(pictures, 'picture')} "
+        f"({say_epochs(epochs)})",
         "batch": f"{config.batch_size} at once × {config.gradient_accumulation_steps} "
-        f"added up × {world} processes = {pictures}",
+        f"added up × {counted(world, 'process', 'processes')} = {pictures}",
         "memory": f"about {readable(sum(memory.values()))} a process: "
         f"{readable(memory['weights'])} for the weights and what moves them, "
         f"{readable(memory['batch'])} for a batch",
         "output": f"{config.output_dir}: checkpoints/ (one in "
-        f"{config.checkpoint_every:,} steps, {config.keep_checkpoints} kept), "
+        f"{counted(config.checkpoint_every, 'step')}, {config.keep_checkpoints} kept), "
         "log.jsonl, the finished model",
         **(also or {}),
         "start": f"goes on from {path}" if path else "from step 0",

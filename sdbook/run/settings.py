@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, ClassVar, get_args, get_origin
 
 LIMITS = {
     "at_least": (operator.ge, "at least"),
@@ -22,10 +22,10 @@ LIMITS = {
 }
 # What a field's type is called, for one value and for several.
 KIND_NAMES = {
-    bool: ("true or false", "true or false"),
-    int: ("a whole number", "whole numbers"),
-    float: ("a number", "numbers"),
-    str: ("a text", "texts"),
+    bool: ("true or false", "a list such as [true, false]"),
+    int: ("a whole number", "a list of whole numbers, such as [1, 2]"),
+    float: ("a number", "a list of numbers, such as [0.5, 1]"),
+    str: ("a text", "a list of texts, such as [this, that]"),
 }
 
 
@@ -57,12 +57,14 @@ def facts_of(config_class: type, name: str) -> Mapping:
 
 
 def cleaned(value, kind) -> Any:
-    """A value as a settings class keeps it; TypeError if it is not of this kind.
+    """A value as a settings class keeps it; an error if it is not of this kind.
 
     Lists become tuples, paths texts, and NumPy's numbers Python's.
     """
     if get_origin(kind) is tuple and isinstance(value, list | tuple):
-        return tuple(cleaned(one, get_args(kind)[0]) for one in value)
+        value = tuple(cleaned(one, get_args(kind)[0]) for one in value)
+        "".join(map(str, value)).encode()  # half of a surrogate pair is no text
+        return value
     if kind is str and isinstance(value, str | os.PathLike):
         return os.fspath(value)
     if isinstance(value, bool) or kind is bool:
@@ -75,36 +77,49 @@ def cleaned(value, kind) -> Any:
     raise TypeError(f"{value!r} is not of the kind {kind}")
 
 
-def name_kind(kind) -> str:
-    """What a field takes, as in "a list of whole numbers"."""
-    if get_origin(kind) is tuple:
-        return f"a list of {KIND_NAMES[get_args(kind)[0]][1]}"
-    return KIND_NAMES[kind][0]
+def demands(config_class: type, name: str) -> tuple:
+    """What a setting has to be: its kind, its choices, and its limits with their words.
 
-
-def check_value(name: str, value, kind, facts: Mapping) -> Any:
-    """The value of a setting, cleaned; ValueError, with what to give, for a wrong one.
-
-    `facts` are those of `setting`.
+    The kind is a type, or a tuple of one. No choices: any.
     """
-    choices = facts.get("choices")
-    if get_origin(kind) is Literal:
-        kind, choices = str, get_args(kind)
+    (kind,) = (one.type for one in fields(config_class) if one.name == name)
+    facts = facts_of(config_class, name)
     if get_origin(kind) is not tuple:  # int | None is int
         kind = next((one for one in get_args(kind) if one in KIND_NAMES), kind)
-    tests = [(*LIMITS[limit], facts[limit]) for limit in LIMITS if limit in facts]
-    words = " and ".join(f"{word} {bound}" for _, word, bound in tests)
+    limits = [(*LIMITS[limit], facts[limit]) for limit in LIMITS if limit in facts]
+    return kind, facts.get("choices", ()), limits
+
+
+def say_demands(config_class: type, name: str) -> str:
+    """What to give for a setting, as in "a whole number, at least 1"."""
+    kind, choices, limits = demands(config_class, name)
+    if choices:
+        return f"one of {', '.join(choices)}"
+    several = get_origin(kind) is tuple
+    words = KIND_NAMES[get_args(kind)[0] if several else kind][several]
+    return ", ".join(filter(None, [words, say_limits(limits)]))
+
+
+def say_limits(limits: list) -> str:
+    """Limits in words, as in "at least 0 and at most 1"."""
+    return " and ".join(f"{word} {bound}" for _, word, bound in limits)
+
+
+def check_setting(config, name: str) -> None:
+    """Clean one value of a settings object; ValueError for one that cannot be meant."""
+    value = getattr(config, name)
+    kind, choices, limits = demands(type(config), name)
     try:
-        value = cleaned(value, kind)
-    except TypeError:
-        expected = ", ".join(filter(None, [name_kind(kind), words]))
+        clean = cleaned(value, kind)
+    except (TypeError, OverflowError, UnicodeEncodeError):
+        expected = say_demands(type(config), name)
         raise ValueError(f"{name} is {value!r}; give {expected}") from None
-    if choices and value not in choices:
-        raise ValueError(f"{name} {value!r} is none of {', '.join(choices)}")
-    for number in value if isinstance(value, tuple) else (value,):
-        if not all(holds(number, bound) for holds, _, bound in tests):
-            raise ValueError(f"{name} is {value!r}; give {words}")
-    return value
+    if choices and clean not in choices:
+        raise ValueError(f"{name} {clean!r} is none of {', '.join(choices)}")
+    for number in clean if isinstance(clean, tuple) else (clean,):
+        if not all(holds(number, bound) for holds, _, bound in limits):
+            raise ValueError(f"{name} is {value!r}; give {say_limits(limits)}")
+    object.__setattr__(config, name, clean)
 
 
 def check_settings(config) -> None:
@@ -123,9 +138,7 @@ def check_settings(config) -> None:
             raise ValueError(
                 f"{one.name} has {lacks}; give one, or leave it out{given}"
             )
-        facts = facts_of(type(config), one.name)
-        clean = check_value(one.name, value, one.type, facts)
-        object.__setattr__(config, one.name, clean)
+        check_setting(config, one.name)
 
 
 def check_machine(config: "RunConfig") -> None:
@@ -140,6 +153,17 @@ def check_machine(config: "RunConfig") -> None:
         raise ValueError(
             f"log_with {package} needs a package that is not installed; run "
             f"`pip install {package}`, or set log_with to none"
+        )
+
+
+def check_places(config: "RunConfig", name: str) -> None:
+    """Raise ValueError if a run would write over the model that it starts from."""
+    given = getattr(config, name)
+    folder = Path(config.output_dir)
+    if given and folder.exists() and Path(given).resolve() == folder.resolve():
+        raise ValueError(
+            f"output_dir is {name}, {given}, and would be written over; choose another "
+            "output_dir"
         )
 
 
@@ -207,6 +231,8 @@ class RunConfig:
         dry_run: say what would be done, and stop before the first step.
     """
 
+    enough: ClassVar[int] = 1000  # pictures; with fewer, there is a warning
+
     dataset_path: str = "scenes"
     image_column: str | None = None
     caption_column: str | None = None
@@ -219,7 +245,7 @@ class RunConfig:
     batch_size: int = setting(64, at_least=1)
     gradient_accumulation_steps: int = setting(1, at_least=1)
     num_workers: int = setting(0, at_least=0, affects_steps=False)
-    seed: int = setting(0, at_least=0)
+    seed: int = setting(0, at_least=0, below=2**64)
 
     max_steps: int = setting(1000, at_least=1)
     num_train_epochs: int | None = setting(None, at_least=1)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from ..counts import counted
 from ..files import naming, write_atomically
 from ..images import KEY_LENGTH
 
@@ -101,15 +102,24 @@ class Rows:
         }
 
     def append(self, keys: list[str], rows: np.ndarray) -> None:
-        """Add rows (b, …) at the end; on the disk when this returns."""
+        """Add rows (b, …) at the end; on the disk when this returns.
+
+        Raises ValueError for what is no number, or too large for float16.
+        """
         if not self.checked:
             self.check()
+        with np.errstate(over="ignore"):
+            count, rows = self.count(), rows.astype(np.float16)
+        if not np.isfinite(rows).all():
+            raise ValueError(
+                f"what {self.folder} should hold is no number, or too large for "
+                "float16: the weights of the frozen part are lost; take other ones"
+            )
         if self.shape() is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(rows.shape[1:])
             write_atomically(self.shape_file, lambda file: file.write_text(text))
             write_at(self.sums, 0, self.sum_of_shape())
-        count, rows = self.count(), rows.astype(np.float16)
         names = np.frombuffer("".join(keys).encode(), np.uint8).reshape(len(keys), -1)
         write_at(self.rows, count * self.row_bytes(), rows.tobytes())
         write_at(self.sums, 4 + 4 * count, sums_of(names, rows).tobytes())
@@ -142,8 +152,9 @@ class Rows:
         if len(damaged):
             self.strike_out(damaged)
             raise ValueError(
-                f"{len(damaged)} rows of {self.folder} were damaged on the disk; the "
-                "same command makes them anew and goes on"
+                f"{self.folder} was damaged on the disk, in "
+                f"{counted(len(damaged), 'row')}; the same command makes them anew and "
+                "goes on"
             )
         return rows
 
@@ -176,8 +187,8 @@ class Rows:
             there = (keys != STRUCK_OUT[0]).any(1)
             damaged = np.flatnonzero((sums_of(keys, rows) != sums) & there)
             if len(damaged):
-                count = f"{len(damaged)} rows of {self.folder}"
-                warn(f"{count} are damaged, and are made anew")
+                count = counted(len(damaged), "damaged row")
+                warn(f"{self.folder}: {count}, made anew")
                 self.strike_out(damaged)
 
     def add_sums(self) -> None:

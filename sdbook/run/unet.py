@@ -13,7 +13,7 @@ from ..attention import TransformerBlock
 from ..clip import CLIPTextModel, Tokenizer
 from ..files import read_json
 from ..formats import find_model, find_part, find_tokenizer
-from ..pipeline import check_tokenizer, load_scheduler
+from ..pipeline import check_tokenizer, find_scheduler
 from ..schedulers import DDIMScheduler
 from ..unet import UNet, UNetConfig, start_as_identity
 from ..vae import AutoencoderKL
@@ -42,15 +42,15 @@ def make_noise_schedule(config: TrainingConfig) -> DDIMScheduler:
 
 def check_schedule(config: TrainingConfig) -> None:
     """Warn where the noise is not the one that `pretrained` was trained with."""
-    folder = find_model(config.pretrained) / "scheduler" if config.pretrained else None
-    if folder is None or not folder.is_dir():
+    if not config.pretrained:
         return
-    theirs, ours = load_scheduler(folder).config, make_noise_schedule(config).config
+    theirs = find_scheduler(find_model(config.pretrained)).config
+    ours = make_noise_schedule(config).config
     for name in (
         "prediction_type", "beta_schedule", "num_train_timesteps",
         "rescale_betas_zero_snr",
     ):  # fmt: skip
-        was, is_ = (getattr(one, name, None) for one in (theirs, ours))
+        was, is_ = (getattr(one, name, False) for one in (theirs, ours))
         if was != is_:
             key = {"num_train_timesteps": "diffusion_steps"}.get(name, name)
             warnings.warn(

@@ -21,7 +21,6 @@ from ..run.configs import (
     TrainingConfig,
     VAETrainingConfig,
 )
-from ..run.loading import as_it_is
 from ..run.logs import Log, Meter
 from ..run.memory import keep_all, kept_bytes, memory_needed, recompute_blocks
 from ..run.plan import describe_plan, say_plan
@@ -36,7 +35,7 @@ from ..run.unet import (
     whitening,
 )
 from ..twins import Twins, exchange, invent_twin
-from .cache import Encoded, caption_ids
+from .cache import Encoded, as_it_is, caption_ids
 from .clip import train_clip
 from .loop import (
     EMA,

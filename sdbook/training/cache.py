@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..clip import Tokenizer
+from ..counts import counted
 from ..images import short_name
 from ..run.progress import leave_signals_to_main
 from ..run.tables import Rows, fingerprint
@@ -50,8 +51,8 @@ def warn_about_long(tokenizer: Tokenizer, captions: list[str]) -> None:
     long = [text for text, ids in zip(captions, rows, strict=True) if len(ids) > room]
     if long:
         warnings.warn(
-            f"{len(long):,} captions are longer than {room - 2} tokens, and the text "
-            "model does not see their ends; shorten them, or begin them with what "
+            f"{counted(len(long), 'caption')} longer than {room - 2} tokens, whose "
+            "ends the text model does not see; shorten them, or begin them with what "
             "matters most (train-clip can also raise max_length). One of them: "
             f"{long[0]!r}",
             stacklevel=2,
@@ -85,6 +86,11 @@ def write_moments(
                 posterior = vae.encode(pixels)
                 moments = torch.cat([posterior.mean, posterior.logvar], 1)
                 table.append(list(names), moments.half().cpu().numpy())
+
+
+def as_it_is(batch):
+    """The collation of `Encoded`, which already gives whole batches."""
+    return batch
 
 
 class Encoded(Dataset):

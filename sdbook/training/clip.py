@@ -97,7 +97,7 @@ def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel | None:
     """
     torch.manual_seed(config.seed)
     dataset = open_dataset(config)
-    twins = config.twins and config.dataset_path == "scenes"
+    twins = config.twins and dataset.drawn
     texts = sorted(set(dataset.captions()))
     tokenizer = Tokenizer.train(texts, config.vocab_size, config.max_length)
     warn_about_long(tokenizer, texts)

@@ -14,13 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Int
-from PIL import Image
 from torch import nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..counts import counted
 from ..run.checkpoints import check_end, find_start, keep_state, skip_step
 from ..run.folder import owns_output_dir
-from ..run.loading import step_loader
 from ..run.logs import Log, Meter, is_due, open_tracker, report
 from ..run.processes import (
     count_steps,
@@ -30,7 +29,7 @@ from ..run.processes import (
     unwrap,
     wrap,
 )
-from ..run.progress import StopNote, progress
+from ..run.progress import StopNote, leave_signals_to_main, progress
 from ..run.settings import RunConfig
 
 __all__ = [
@@ -54,10 +53,9 @@ def shuffled(size: int, seed: int, epoch: int) -> Int[np.ndarray, "size"]:
 class StepSampler(Sampler):
     """Lists of picture numbers, one for each step from `first` to `last`.
 
-    The order of an epoch depends on (seed, epoch) alone, so step 700 sees the same
-    pictures whether or not the run was stopped before it. `batch_size` counts the
-    pictures of a whole step. Process `rank` of `world` gets its share of them, in
-    `micro_batches`. Raises ValueError for a batch that does not split evenly.
+    The order of an epoch depends on (seed, epoch) alone, so that going on is exact.
+    `batch_size` counts the pictures of a whole step; process `rank` of `world` gets
+    its share of them, in `micro_batches`. Raises ValueError for an uneven split.
     """
 
     def __init__(
@@ -68,8 +66,10 @@ class StepSampler(Sampler):
         self.rank, self.world, self.shares = rank, world, world * micro_batches
         if batch_size % self.shares:
             raise ValueError(
-                f"batch_size {batch_size} does not split over {world} processes in "
-                f"{micro_batches} micro-batches; give a multiple of {self.shares}"
+                f"batch_size {batch_size} does not split over "
+                f"{counted(world, 'process', 'processes')} in "
+                f"{counted(micro_batches, 'micro-batch', 'micro-batches')}; give a "
+                f"multiple of {self.shares}"
             )
 
     def __len__(self) -> int:
@@ -86,26 +86,20 @@ class StepSampler(Sampler):
 
 
 def learning_rate_at(step: int, config: RunConfig) -> float:
-    """The factor on the learning rate: a line up, then what `lr_scheduler` says.
-
-    Counts optimiser steps, however many processes or micro-batches make one.
-    """
+    """The factor on the rate of an optimiser step: a line up, then `lr_scheduler`."""
     warmup, steps = config.warmup_steps, config.max_steps
     if step < warmup:
         return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return {
-        "constant": 1.0,
-        "linear": 1 - progress,
-        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-    }[config.lr_scheduler]
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    falling = {"constant": 1.0, "linear": 1 - done}
+    falling["cosine"] = 0.5 * (1 + math.cos(math.pi * done))
+    return falling[config.lr_scheduler]
 
 
 class EMA:
     """An exponential moving average of a module's weights, `shadow`.
 
-    Early on the average is short (decay ≤ (1 + step) / (10 + step)), so that it
-    forgets the random start.
+    Early on it is short, decay ≤ (1 + step) / (10 + step), and forgets the start.
     """
 
     def __init__(self, module: nn.Module, decay: float):
@@ -124,8 +118,7 @@ class EMA:
 class Run:
     """What one training moves, `module` and its average, and where it stands.
 
-    `config` is the one that was given, with its epochs counted in steps; `first` is
-    the step that it starts with; `averaged` are the weights to draw with.
+    It starts with step `first`; `averaged` are the weights to draw with.
     """
 
     def __init__(self, config: RunConfig, module: nn.Module, dataset: Dataset):
@@ -183,8 +176,7 @@ def take_step(run: Run, step: int, loss_of: Callable, batches) -> None:
         run.optimiser.step()
     run.optimiser.zero_grad(set_to_none=True)
     if not finite:
-        skip_step(run, step, means["loss"])
-        return
+        return skip_step(run, step, means["loss"])
     run.meter.add(means)
     if run.ema:
         run.ema.update(run.module, step)
@@ -193,19 +185,17 @@ def take_step(run: Run, step: int, loss_of: Callable, batches) -> None:
 @owns_output_dir
 def optimise(
     config: RunConfig, module: nn.Module, dataset: Dataset, loss_of: Callable,
-    validate: Callable[[nn.Module], dict[str, float]] | None = None,
-    collate: Callable | None = None,
-    sample: Callable[[nn.Module], Image.Image] | None = None,
+    validate: Callable | None = None, collate: Callable | None = None,
+    sample: Callable | None = None,
 ) -> nn.Module:  # fmt: skip
     """Train `module` for `config.max_steps` and return its (averaged) weights.
 
     `loss_of(module, batch, generator, rows)` gives the loss and a dict of numbers to
-    log. All chance in it comes from the generator, the same for all micro-batches of
-    a step; `rows`, a slice, are the pictures of the step that this batch has.
-    `validate` gives numbers every `validate_every` steps, `sample` a picture every
-    `sample_every`, both of the averaged weights. Numbers go to `output_dir/log.jsonl`,
-    checkpoints to `output_dir/checkpoints`. Ctrl-C writes one and raises
-    KeyboardInterrupt. One process at a time may train in `output_dir`.
+    log; its chance comes from the generator, the same for all micro-batches of a step,
+    of whose pictures this one has the `rows`. Now and then `validate(module)` gives
+    such a dict, and `sample(module)` an image, of the averaged weights. `output_dir`
+    gets log.jsonl and checkpoints/. Ctrl-C writes one and raises KeyboardInterrupt.
+    One process at a time may train there.
     """
     run, count = Run(config, module, dataset), config.gradient_accumulation_steps
     config = run.config
@@ -213,7 +203,10 @@ def optimise(
         len(dataset), run.pictures, config.seed, run.first, config.max_steps,
         run.rank, run.world, count,
     )  # fmt: skip
-    batches = iter(step_loader(dataset, sampler, collate, config.num_workers))
+    batches = iter(DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=collate,
+        num_workers=config.num_workers, worker_init_fn=leave_signals_to_main,
+    ))  # fmt: skip
     with StopNote() as note:
         for step in progress(run):
             take_step(run, step, loss_of, islice(batches, count))

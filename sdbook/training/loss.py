@@ -21,10 +21,9 @@ def min_snr_weights(
     `power` below 1 evens these weights out, in favour of noisy timesteps.
     """
     snr = scheduler.snr(torch.arange(scheduler.num_train_timesteps))
-    ones = torch.ones_like(snr)
     if not gamma:
-        return ones
-    error_in_x0 = {"epsilon": snr, "v_prediction": snr + 1, "sample": ones}
+        return torch.ones_like(snr)
+    error_in_x0 = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1.0}
     worth = snr.clamp(max=gamma) ** power
     return worth / error_in_x0[scheduler.config.prediction_type]
 
@@ -57,10 +56,7 @@ class DiffusionLoss:
         target = self.scheduler.target(x0, noise, t)
         return (answer - target).square().mean((1, 2, 3))
 
-    def draw(
-        self, moments: Float[Tensor, "b c2 h w"], generator: torch.Generator,
-        rows: slice = ALL_ROWS,
-    ):  # fmt: skip
+    def draw(self, moments: Float[Tensor, "b c2 h w"], generator, rows=ALL_ROWS):
         """All that chance decides: x0, noise, timesteps, whose caption is dropped.
 
         Drawn for the whole step, of which these are the `rows`, so that the number of

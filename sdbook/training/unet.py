@@ -11,10 +11,9 @@ from torch.utils.data import Subset
 from ..pipeline import StableDiffusion
 from ..run.configs import TrainingConfig
 from ..run.folder import owns_output_dir
-from ..run.loading import as_it_is
 from ..run.processes import is_main_process, this_process
 from ..run.unet import make_noise_schedule, new_unet, open_frozen, prepare
-from .cache import Encoded
+from .cache import Encoded, as_it_is
 from .loop import optimise
 from .loss import DiffusionLoss
 from .validation import Validation, sheet_of
@@ -26,8 +25,7 @@ __all__ = ["train"]
 def train(config: TrainingConfig) -> StableDiffusion | None:
     """Train a UNet on a frozen VAE and text model, and save the whole pipeline.
 
-    Says the plan first; with `dry_run` that is all. The pictures and captions go
-    through the frozen parts once, before the loop. Writes the model to `output_dir`,
+    Says the plan first; with `dry_run` that is all. Writes the model to `output_dir`,
     which diffusers and `StableDiffusion.from_pretrained` open.
     """
     device = this_process().device

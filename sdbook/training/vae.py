@@ -23,7 +23,6 @@ from ..run.memory import memory_needed
 from ..run.plan import say_plan
 from ..run.processes import is_main_process
 from ..run.settings import open_dataset
-from ..scenes import CrowdedScenes
 from ..vae import AutoencoderKL, VAEConfig
 from .loop import optimise
 from .loss import ALL_ROWS
@@ -149,9 +148,7 @@ def train_vae(config: VAETrainingConfig) -> AutoencoderKL | None:
     """
     torch.manual_seed(config.seed)
     dataset, held = open_dataset(config), open_dataset(config, "validation")
-    shown, side = dataset, config.image_size
-    if config.dataset_path == "scenes":
-        shown = CrowdedScenes(side, config.seed, len(dataset))
+    shown, side = dataset.for_vae(config.seed), config.image_size
     vae = new_vae(config)
     pixels = torch.empty(config.batch_size, 3, side, side, device="meta")
     empty = copy.deepcopy(vae).to("meta")

@@ -196,6 +196,19 @@ def test_chapters_import_nothing_that_colabs_cell_does_not_install():
                     assert top in names or top == "google", (path.stem, cell.id, module)
 
 
+def test_a_chapter_without_ipywidgets_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)  # as if it were not there
+    (cell,) = (
+        cell
+        for path in CHAPTERS
+        for cell in nbformat.read(path, 4).cells
+        if "import" in cell.source and "ipywidgets" in cell.source
+    )
+    names = {"prompts": ["a star"], "pipe": None, "quiet": {}}
+    exec(cell.source + "\nplay()", names)
+    assert "pip install ipywidgets" in capsys.readouterr().out
+
+
 def load_toml(name):
     try:
         import tomllib

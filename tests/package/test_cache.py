@@ -173,6 +173,7 @@ def test_only_what_changed_is_computed_again(encoded, pictures):
     Image.new("RGB", (16, 16), "red").save(pictures / "03.png")
     after = encoded()
     assert encoded.cost() == (1, 0)
+    assert before.content == again.content != after.content
     changed = (all_of(after)[0] != all_of(before)[0]).flatten(1).any(1)
     assert changed.nonzero().flatten().tolist() == [3]
     (pictures / "05.txt").write_text("another card")
@@ -213,9 +214,9 @@ def test_other_looks_and_sizes_are_other_pictures(encoded):
 def test_other_weights_and_words_are_another_cache(
     encoded, vae, text_encoder, tokenizer
 ):
-    encoded()
+    before = encoded().content
     vae.vae.quant_conv.bias.data += 0.1
-    encoded()
+    assert encoded().content != before
     assert encoded.cost() == (COUNT, 0)
     text_encoder.final_layer_norm.bias.data += 0.1
     encoded()
@@ -316,6 +317,20 @@ def test_others_stand_in_for_what_cannot_be_read(encoded, pictures):
         encoded()
 
 
+def test_damage_is_found_and_mended(encoded, tmp_path):
+    before = [part.clone() for part in all_of(encoded())]
+    for kind, cost in (("moments", (1, 0)), ("texts", (0, 1))):
+        (table,) = (tmp_path / "cache").glob(f"{kind}-*")
+        data = bytearray((table / "rows").read_bytes())
+        data[len(data) // 2] ^= 64
+        (table / "rows").write_bytes(data)
+        with pytest.warns(UserWarning, match=f"{kind}.*1 damaged row, made anew"):
+            again = encoded()
+        assert encoded.cost() == cost
+        for one, two in zip(before, all_of(again), strict=True):
+            torch.testing.assert_close(one, two, atol=2e-3, rtol=2e-3)
+
+
 # Shared ---------------------------------------------------------------------------
 
 
@@ -370,7 +385,7 @@ def test_captions_that_are_too_long_are_one_warning(encoded, pictures, recwarn):
         (pictures / f"{index:02}.txt").write_text(f"card {index} " + "three " * 40)
     encoded()
     (said,) = (str(one.message) for one in recwarn if "tokens" in str(one.message))
-    assert said.startswith("3 captions are longer than 38 tokens") and "shorten" in said
+    assert said.startswith("3 captions longer than 38 tokens") and "shorten" in said
     assert "'card 2 three three" in said
     recwarn.clear()
     encoded()

@@ -1,6 +1,7 @@
 """The command line: every flag, pictures that can be made again, bad input."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -21,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import sdbook
 from sdbook import StableDiffusion
-from sdbook.__main__ import COMMANDS, main, open_picture
+from sdbook.__main__ import COMMANDS, find, main, read_flags
 from sdbook.data import Scenes, write_folder
 from sdbook.finetuning import (
     LoRA,
@@ -31,6 +32,10 @@ from sdbook.finetuning import (
     save_lora,
     save_word,
 )
+from sdbook.run.curves import find_curves, read_log
+from sdbook.run.next_steps import next_command
+from sdbook.run.sampling import open_picture
+from sdbook.run.settings import check_settings
 from sdbook.training import (
     CLIPTrainingConfig,
     TrainingConfig,
@@ -86,7 +91,7 @@ def refused(capsys, arguments) -> str:
         main([str(argument) for argument in arguments])
     said = capsys.readouterr().err.strip()
     aside = re.compile("warning|it/s")  # warnings, and the bar of a run that began
-    lines = [line for line in said.splitlines() if not aside.search(line)]
+    lines = [line for line in said.splitlines() if line and not aside.search(line)]
     assert exit_.value.code == 2, said
     assert len(lines) == 1 and "Traceback" not in said, said
     assert lines[0].startswith(f"sdbook {arguments[0]}: error: ")
@@ -480,16 +485,24 @@ def test_ten_thousand_words_draw_with_one_warning(draw, capsys):
     assert Image.open(path).size == (64, 64)
 
 
-@pytest.mark.parametrize("steps", ["0", "1001", "-1"])
-def test_impossible_steps(model, capsys, steps):
-    said = refused(capsys, bad_sample(model, "--num_inference_steps", steps))
-    assert steps in said and "1000" in said
-
-
-@pytest.mark.parametrize("size", ["50", "0", "-8"])
-def test_impossible_sizes(model, capsys, size):
-    said = refused(capsys, bad_sample(model, "--image_size", size))
-    assert size in said and "multiples of 4" in said
+@pytest.mark.parametrize(
+    "flag, value, words",
+    [
+        ("num_inference_steps", "0", "at least 1"),
+        ("num_inference_steps", "-1", "at least 1"),
+        ("num_inference_steps", "1001", "1000"),
+        ("image_size", "0", "at least 1"),
+        ("image_size", "-8", "at least 1"),
+        ("image_size", "50", "multiples of 4"),
+        ("strength", "0", "more than 0"),
+        ("strength", "1.5", "at most 1"),
+        ("guidance_scale", "inf", "number"),
+    ],
+)
+def test_impossible_numbers(model, capsys, flag, value, words):
+    said = refused(capsys, bad_sample(model, f"--{flag}", value))
+    assert flag.removeprefix("image_") in said or "height" in said
+    assert value in said and words in said
 
 
 def test_a_photograph_that_is_turned_by_a_note(tmp_path):
@@ -525,11 +538,10 @@ def test_pictures_that_cannot_be_opened(model, capsys, tmp_path, monkeypatch):
     said = refused(capsys, bad_sample(model, "--image_path", str(torn)))
     assert "no picture that can be" in said
     monkeypatch.undo()
-    for size in ("0", "-8", "4"):
-        said = refused(capsys, bad_sample(model, "--tile_size", size))
-        assert size in said and "pixels" in said
+    said = refused(capsys, bad_sample(model, "--tile_size", "4"))
+    assert "4" in said and "pixels" in said
     said = refused(capsys, bad_sample(model, "--strength", "0.5"))
-    assert "strength without image" in said
+    assert "strength 0.5 without image_path" in said
 
 
 @pytest.mark.parametrize(
@@ -669,11 +681,382 @@ def test_an_old_flag_that_another_command_has_is_not_gone(capsys):
      {"seed": -1}, {"crops": -1}, {"on_error": "x"}, {"learning_rate": float("nan")}],
 )  # fmt: skip
 def test_a_setting_of_another_kind_is_refused_by_name(options):
-    from sdbook.run.settings import check_settings
-    from sdbook.training import TrainingConfig
-
     ((name, value),) = options.items()
     config = TrainingConfig()
     object.__setattr__(config, name, value)  # the tests' own types would refuse it
     with pytest.raises(ValueError, match=name):
         check_settings(config)
+
+
+# ---- settings: every field of every command ----
+
+ASKED = {"sample": {"prompt": ("a star",)}, "plot": {"runs": ("run",)}}
+EVERY = {command: find(COMMANDS[command][1]) for command in COMMANDS}
+
+
+BLANK = """
+import sys
+from dataclasses import fields
+from sdbook.__main__ import COMMANDS, find, make_parser
+import sdbook.__main__ as command_line
+
+count, path = 0, sys.argv[1]
+for command, (_, place, _) in COMMANDS.items():
+    config_class = find(place)
+    parser = make_parser(command, config_class)
+    command_line.make_parser = lambda *given: parser  # 200 times the same
+    asked = {"sample": "prompt: a", "plot": "runs: a"}.get(command, "seed: 3")
+    for one in fields(config_class):
+        for other in ("", asked):  # alone, and among others
+            if other.startswith(one.name):
+                continue
+            with open(path, "w") as file:
+                file.write(f"{one.name}:\\n{other}\\n")
+            try:
+                command_line.read_flags(command, config_class, ["--config", path])
+                assert one.default is None, (command, one.name)
+            except ValueError as error:
+                said = str(error)
+                assert one.default is not None or not other, (command, said)
+                assert one.name in said and ("no value" in said or "None" in said), said
+            count += 1
+assert "torch" not in sys.modules
+print(count)
+"""
+
+
+def test_a_blank_value_in_a_file_is_named(tmp_path):
+    """Of every field of every command; without the tests' own types."""
+    done = subprocess.run(
+        [sys.executable, "-c", BLANK, str(tmp_path / "blank.yaml")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    expected = sum(len(fields(config_class)) for config_class in EVERY.values())
+    assert int(done.stdout) > 1.9 * expected
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_empty_path_or_name_is_refused(command):
+    for one in fields(EVERY[command]):
+        if one.type in (str, str | None) and one.default != "":
+            for empty in ("", " "):
+                with pytest.raises(ValueError, match=f"{one.name} has an empty value"):
+                    EVERY[command](**ASKED.get(command, {}), **{one.name: empty})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_value_of_another_kind_is_refused(command):
+    """From Python, too: the tests' own types would say it first, hence `check`."""
+    config = EVERY[command](**ASKED.get(command, {}))
+    for one in fields(config):
+        kept = getattr(config, one.name)
+        for wrong in (b"x", {}, [1, []], 3j, math.nan):
+            object.__setattr__(config, one.name, wrong)
+            with pytest.raises(ValueError, match=f"{one.name} is .*; give"):
+                check_settings(config)
+        object.__setattr__(config, one.name, kept)
+
+
+def test_values_are_kept_as_their_kind():
+    config = TrainingConfig()
+    for name, given, kept in (
+        ("batch_size", np.int64(3), 3), ("learning_rate", np.float32(0.5), 0.5),
+        ("kinds", ["two", "single"], ("two", "single")), ("output_dir", Path("a"), "a"),
+    ):  # fmt: skip
+        object.__setattr__(config, name, given)
+        check_settings(config)
+        now = getattr(config, name)
+        assert now == kept and type(now) is type(kept)
+    for name, given in (("batch_size", True), ("flip", 1), ("learning_rate", 10**400)):
+        config = TrainingConfig()
+        object.__setattr__(config, name, given)
+        with pytest.raises(ValueError, match=name):
+            check_settings(config)
+
+
+@pytest.mark.parametrize(
+    "command, options",
+    [
+        ("train-clip", {"vocab_size": 513}),
+        ("train-clip", {"max_length": 2}),
+        ("train-clip", {"num_hidden_layers": 0}),
+        ("train-vae", {"block_out_channels": (0, 8)}),
+        ("train-lora", {"alpha": -1.0}),
+        ("train", {"beta_schedule": "squaredcos"}),
+        ("train", {"prediction_type": "noise"}),
+        ("train", {"seed": 2**64}),
+        ("sample", {"prompt": ("a \udcff star",)}),
+        ("train", {"output_dir": "models", "pretrained": "./models"}),
+        ("train-lora", {"output_dir": "models", "pretrained": "models"}),
+        ("evaluate", {"num_prompts": 0}),
+        ("evaluate", {"output_dir": "a", "compare_with": "./a"}),
+    ],
+)
+def test_limits_of_settings(command, options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(ValueError, match=next(reversed(options))):
+        EVERY[command](**options)
+
+
+# ---- what is imported ----
+
+
+def modules_after(code, folder=None) -> set[str]:
+    """The modules that a fresh Python has imported after some lines."""
+    code = f"import sys\n{code}\nprint(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_wrong_flags_are_refused_before_anything_heavy_is_imported():
+    code = f"""
+from sdbook.__main__ import main
+for command in {list(COMMANDS)}:
+    try:
+        main([command, "--stepz", "3"])
+    except SystemExit as error:
+        assert error.code == 2
+"""
+    assert not {"torch", "numpy", "PIL", "transformers"} & modules_after(code)
+
+
+def test_what_sampling_imports(model, tmp_path):
+    flags = ["sample", "--prompt", "a star", "--checkpoint_path", str(model)]
+    flags += ["--num_inference_steps", "1", "--device", "cpu"]
+    code = f"from sdbook.__main__ import main; main({flags})"
+    heavy = "accelerate diffusers matplotlib scipy torchvision webdataset IPython "
+    heavy += "pandas torch._dynamo torch._inductor sympy sdbook.training"
+    assert not set(heavy.split()) & modules_after(code, tmp_path)
+
+
+# ---- did you mean ----
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["sample", "--prompt", "a", "--sed", "3"], "did you mean --seed?"),
+        (["train", "--batch-size", "3"], "did you mean --batch_size?"),
+        (["train", "-batch_size", "3"], "did you mean --batch_size?"),
+        (["train", "--batch", "3"], "there is no --batch"),
+        (["train", "--kinds", "single"], "kinds is single; give a list of texts"),
+        (["train", "--num_train_epochs", "x"], "epochs is x; give a whole number"),
+    ],
+)
+def test_a_mistyped_flag(arguments, words, capsys):
+    assert words in refused(capsys, arguments)
+
+
+def test_a_mistyped_key_or_command(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("bach_size: 3\n")
+    said = refused(capsys, ["train", "--config", tmp_path / "mine.yaml"])
+    assert "did you mean batch_size?" in said
+    (tmp_path / "mine.yaml").write_text("seed: 3\nbatch_size: 2\nseed: 4\n")
+    said = refused(capsys, ["train", "--config", tmp_path / "mine.yaml"])
+    assert "mine.yaml has seed twice" in said
+    (tmp_path / "mine.yaml").write_bytes("output_dir: grün\n".encode("latin-1"))
+    said = refused(capsys, ["train", "--config", tmp_path / "mine.yaml"])
+    assert "mine.yaml:1: not UTF-8" in said and "iconv" in said
+    (tmp_path / "mine.yaml").write_text("")
+    assert "config" in refused(capsys, ["train", "--config", tmp_path / "mine.yaml"])
+    with pytest.raises(SystemExit):
+        main(["trian"])
+    assert "did you mean train?" in capsys.readouterr().err
+
+
+# ---- prompts from a file; what is written where ----
+
+
+def test_prompts_from_a_file(draw, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa red  star 🍎\r\n\r\n  \n[ein] grüner Fisch".encode())
+    path = draw("--prompt_file", str(file), prompt=(), steps=1)
+    texts = [Image.open(p).text["prompt"] for p in (path, tmp_path / "out-1.png")]
+    assert texts == ["a red star 🍎", "[ein] grüner Fisch"]
+    assert not (tmp_path / "out-2.png").exists()
+    assert "prompt_file" not in Image.open(path).text["command"]
+    sample = ["sample", "--prompt_file", file]
+    assert "one of the two" in refused(capsys, [*sample, "--prompt", "a"])
+    for data, words in (
+        ("grün\n".encode("latin-1"), "prompts.txt:1: not UTF-8"),
+        ("a star\n".encode("utf-16"), "UTF-16"),
+        (b"\n \n", "holds no prompt"),
+    ):
+        file.write_bytes(data)
+        assert words in refused(capsys, sample)
+    file.unlink()
+    assert str(file) in refused(capsys, sample)
+
+
+def test_many_pictures_are_drawn_a_few_at_a_time(draw, monkeypatch):
+    flags = ["--num_images", "3", "--seed", "5"]
+    whole, few = draw(*flags, name="a.png"), []
+    monkeypatch.setattr("sdbook.run.sampling.PIXELS_AT_ONCE", 2 * 64**2)
+    called = StableDiffusion.__call__
+
+    def call(pipe, prompt, **options):
+        few.append(len(prompt))
+        return called(pipe, prompt, **options)
+
+    monkeypatch.setattr(StableDiffusion, "__call__", call)
+    parts = draw(*flags, name="b.png")
+    assert few == [2, 1]
+    for end in ("", "-1", "-2"):
+        one, other = (path.with_stem(path.stem + end) for path in (whole, parts))
+        assert np.abs(pixels(one) - pixels(other)).max() <= 1
+        assert Image.open(one).text == Image.open(other).text
+
+
+@pytest.mark.parametrize("flag", ["image_path", "mask_path"])
+def test_no_picture_is_written_over_what_it_starts_from(model, tmp_path, capsys, flag):
+    own = tmp_path / "own.png"
+    Image.radial_gradient("L").convert("RGB").save(own)
+    (tmp_path / "link.png").symlink_to(own)
+    os.link(own, tmp_path / "own-1.png")
+    before = own.read_bytes()
+    flags = ["--image_path", own, f"--{flag}", own]
+    for target in ("own.png", "link.png", "other/../own.png"):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        flags = ["--image_path", own, f"--{flag}", own, "--output_path"]
+        said = refused(capsys, bad_sample(model, *flags, tmp_path / target))
+        assert f"is the {'image' if flag == 'image_path' else ''}" in said
+    several = ["--image_path", tmp_path / "own-1.png", "--num_images", "2"]
+    several += ["--output_path", own]
+    assert "own.png is the image_path" in refused(capsys, bad_sample(model, *several))
+    assert own.read_bytes() == before
+
+
+def test_a_full_disk_leaves_what_was_there(draw, capsys, monkeypatch, tmp_path):
+    path = draw()
+    before, save = path.read_bytes(), Image.Image.save
+
+    def full(image, file, *given, **options):
+        Path(file).write_bytes(b"half a picture")
+        raise OSError(28, "No space left on device", str(file))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    for name in ("out.png", "new.png"):
+        with pytest.raises(SystemExit):
+            draw(name=name)
+        said = capsys.readouterr().err
+        assert name in said and "No space left" in said and "Traceback" not in said
+    monkeypatch.setattr(Image.Image, "save", save)
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out.png"]
+
+
+# ---- plot ----
+
+
+def write_log(folder, *lines):
+    folder.mkdir(parents=True)
+    (folder / "log.jsonl").write_text("\n".join(map(str, lines)) + "\n")
+
+
+def test_the_curves_of_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one = [json.dumps({"step": s, "loss": 1 / s, "seconds": 2}) for s in (1, 2, 3)]
+    nan = '{"step": 4, "loss": NaN, "psnr": 20, "scenes": "all", "done": true}'
+    write_log(tmp_path / "one", *one, "5", "{}", "[]", '{"step": "x"}', nan, "{cut")
+    write_log(tmp_path / "two", '{"step": 10, "val_error": 0.5}')
+    assert find_curves(read_log("one")) == {
+        "loss": [(1, 1.0), (2, 0.5), (3, 1 / 3)], "psnr": [(4, 20)]
+    }  # fmt: skip
+    main(["plot", "one", "two/log.jsonl", "--output_path", "new/all.png"])
+    assert "wrote new/all.png" in capsys.readouterr().out
+    assert Image.open("new/all.png").width > 3 * 144 * 4
+    main(["plot", "two"])
+    assert Image.open("curves.png").width < 2 * 144 * 4
+
+
+def test_what_cannot_be_plotted(tmp_path, capsys):
+    write_log(tmp_path / "none", "no log")
+    write_log(tmp_path / "words", '{"step": 1, "scenes": "all"}')
+    (tmp_path / "folder").mkdir()
+    for arguments, words in (
+        ([], "sdbook plot runs/unet"),
+        ([tmp_path / "nowhere"], "there is no"),
+        ([tmp_path / "folder"], "log.jsonl"),
+        ([tmp_path / "none"], "no log of a training"),
+        ([tmp_path / "words"], "no number"),
+        ([tmp_path / "words", "--output_path", "a.jpg"], ".png"),
+    ):
+        assert words in refused(capsys, ["plot", *arguments])
+
+
+# ---- what to run next ----
+
+
+def test_the_next_command_is_one(tmp_path, monkeypatch):
+    """Each can be typed as it stands, and names the paths of the run before."""
+    monkeypatch.chdir(tmp_path)
+    write_folder(Scenes(64), tmp_path / "my pictures", 2)
+    caption = (tmp_path / "my pictures/captions/00000.txt").read_text().strip()
+    own = {"dataset_path": "my pictures", "image_size": 32, "flip": True}
+
+    def after(command, **options):
+        words = shlex.split(next_command(command, EVERY[command](**options)))
+        assert words[0] == "sdbook"
+        return words[1], read_flags(words[1], EVERY[words[1]], words[2:])
+
+    command, config = after("train-vae", **own, output_dir="runs/my-vae")
+    assert (command, config.output_dir) == ("train-clip", "runs/my-clip")
+    assert (config.dataset_path, config.image_size) == ("my pictures", 32)
+    assert config.flip
+    command, config = after("train-clip", kinds=("single", "two"), output_dir="a/text")
+    assert (command, config.output_dir) == ("train-vae", "a/text-vae")
+    assert config.kinds == ("single", "two")
+    for command in ("train-vae", "train-clip"):
+        (tmp_path / "runs" / command.removeprefix("train-")).mkdir(parents=True)
+        following, config = after(command, **own) if command[-1] == "p" else (0, 0)
+    assert (following, config.output_dir) == ("train", "runs/unet")
+    assert config.vae_weights_path == "runs/vae"
+    assert config.text_encoder_path == "runs/clip"
+    assert config.image_size == 32
+    for command, made in (
+        ("train", {"checkpoint_path": "out"}),
+        ("train-lora", {"checkpoint_path": "scenes", "lora_path": "out"}),
+        ("train-word", {"checkpoint_path": "scenes", "word_path": "out"}),
+    ):
+        following, config = after(command, **own, output_dir="out")
+        assert following == "sample" and config.prompt == (caption,)
+        assert made == {name: getattr(config, name) for name in made}
+    _, config = after("train-lora", **own, output_dir="out", rank=0)
+    assert (config.checkpoint_path, config.lora_path) == ("out/pipeline", None)
+    _, config = after("train", output_dir="out", sample_prompts=("- a 🍎",))
+    assert config.prompt == ("- a 🍎",)
+
+
+def test_a_training_says_what_it_wrote_and_what_to_run_next(tmp_path, capsys):
+    flags = ["--output_dir", str(tmp_path / "my-vae"), "--block_out_channels", "[8, 8]"]
+    flags += ["--norm_num_groups", "4", "--batch_size", "2", "--max_steps", "1"]
+    main(["train-vae", *flags, "--num_pictures", "64", "--validate_every", "0"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2] == f"wrote {tmp_path / 'my-vae'}"
+    assert said[-1].startswith("next: sdbook train-clip --num_pictures 64 --output_dir")
+    assert any("1 of 2 pictures (3.12 % of all" in line for line in said)
+    assert any("× 1 process = 2" in line for line in said)
+
+
+def test_far_too_few_pictures(tmp_path, capsys):
+    write_folder(Scenes(64), tmp_path / "pictures", 3)
+    flags = ["--dataset_path", str(tmp_path / "pictures"), "--dry_run"]
+    main(["train-clip", *flags])
+    said = capsys.readouterr().err
+    assert "3 pictures to train on" in said and "train-lora" in said
+    main(["train-clip", "--num_pictures", "3", "--dry_run"])  # of endless scenes
+    assert "far too few" not in capsys.readouterr().err
+
+
+def test_counts_as_people_say_them():
+    from sdbook.counts import counted, readable
+
+    assert counted(1, "picture") == "1 picture"
+    assert counted(0, "picture") == "0 pictures"
+    assert counted(20_000, "process", "processes") == "20,000 processes"
+    assert (readable(3_200_000_000), readable(5_000_000)) == ("3.2 GB", "5.0 MB")

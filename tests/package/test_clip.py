@@ -237,7 +237,7 @@ def test_cut_words_are_named(tokenizer):
     with pytest.warns(UserWarning, match="does not see its last .*three blue fishs"):
         ids = tokenizer("two red stars " * 6 + "three blue fishs")
     assert ids.shape == (1, 20) and ids[0, -1] == tokenizer.end_id
-    with pytest.warns(UserWarning, match=r"last 9982 words: .* …'. Shorten"):
+    with pytest.warns(UserWarning, match=r"last 9,982 words: .* …'. Shorten"):
         assert tokenizer("red " * 10_000).shape == (1, 20)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

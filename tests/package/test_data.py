@@ -994,7 +994,9 @@ def test_modes_of_colour_come_out_right(tmp_path, mode):
     assert abs(np.asarray(read).astype(int) - expected).max() <= 3
 
 
-@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "RGB with a transparent colour"])
+@pytest.mark.parametrize(
+    "kind", ["RGBA", "LA", "P", "RGB with a transparent colour", "I;16 with one"]
+)
 def test_what_is_transparent_becomes_white(tmp_path, kind):
     """The left half is invisible black; a naive reader would show it."""
     picture = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
@@ -1003,6 +1005,9 @@ def test_what_is_transparent_becomes_white(tmp_path, kind):
     if kind == "P":
         picture = picture.convert("RGB").quantize(4)
         options["transparency"] = picture.getpixel((0, 0))
+    elif kind.startswith("I;16"):
+        grey = np.asarray(picture.convert("L")).astype(np.uint16) * 257
+        picture, options = Image.fromarray(grey), {"transparency": 0}
     elif kind.startswith("RGB with"):
         picture, options = picture.convert("RGB"), {"transparency": (0, 0, 0)}
     else:
@@ -1248,7 +1253,7 @@ def test_torn_shards_are_named(tmp_path, damage):
 def test_a_shard_without_a_usable_sample_says_so(tmp_path):
     """webdataset issue 237."""
     write_tar(tmp_path / "a.tar")
-    with pytest.raises(ValueError, match=r"a\.tar holds no picture with a caption"):
+    with pytest.raises(ValueError, match=r"a\.tar holds no .*up to the first dot"):
         CaptionedShards(tmp_path / "a.tar")
     write_tar(tmp_path / "b.tar", ("a.jpeg2", b""), ("a.txt", "a card"))
     with pytest.raises(ValueError, match=r"(?s)holds no.*a: no picture; it has jpeg2"):
@@ -1368,11 +1373,13 @@ def parquet(tmp_path_factory):
             "image": [*cards, None],
             "text": ["card 0", " card\n1", "card 2", " ", "none"],
             "words": [["card 0", "zero"], ["card 1"], ["card 2"], ["card 3"], []],
+            "files": ["/dev/zero", str(SHIPPED / "images/00000.png"), None, "no", ""],
         }
         kinds = {
             "image": datasets.Image(),
             "text": datasets.Value("string"),
             "words": datasets.Sequence(datasets.Value("string")),
+            "files": datasets.Value("string"),
         }
         rows = datasets.Dataset.from_dict(columns, datasets.Features(kinds))
         (folder / "pets" / "data").mkdir(parents=True)
@@ -1408,6 +1415,16 @@ def test_columns_of_parquet_may_have_other_names(parquet):
     for column in ("image_column", "caption_column"):
         with pytest.raises(ValueError, match="(?s)cannot read.*nothing.*image_column"):
             open_dataset(replace(config, **{column: "nothing"}))
+
+
+def test_rows_may_name_files_but_no_devices(parquet):
+    config = RunConfig(dataset_path=str(parquet), image_column="files")
+    with pytest.warns(UserWarning, match="row 3"):
+        images = open_dataset(config)
+    assert torch.equal(images.read(1), CaptionedImages(SHIPPED).read(0))
+    for number in (0, 2, 3):
+        with pytest.warns(UserWarning, match="holds no picture"):
+            assert images.read(number) is None
 
 
 def test_a_set_on_the_hub_is_asked_for(monkeypatch, parquet):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -15,8 +16,11 @@ from safetensors.torch import load_file, save_file
 import sdbook.files
 from sdbook.clip import CLIPTextModel
 from sdbook.files import WeightsError, read_json, read_weights, save_weights
-from sdbook.formats import describe, to_original
-from sdbook.pipeline import StableDiffusion
+from sdbook.formats import describe, to_original, told_schedule
+from sdbook.pipeline import StableDiffusion, find_scheduler
+from sdbook.run.unet import check_schedule
+from sdbook.schedulers import PNDMScheduler
+from sdbook.training import TrainingConfig
 from sdbook.unet import UNet, UNetConfig
 from sdbook.vae import AutoencoderKL, VAEConfig
 
@@ -84,18 +88,31 @@ class Killed(BaseException):
     """What no `except Exception` catches, as a kill."""
 
 
-@pytest.mark.parametrize("moment", [0, 9, 17, 18, 19, 24])
+@pytest.mark.parametrize("moment", [-14, -6, 0, 1, 2, 8])
 def test_an_interrupted_save_mixes_nothing(pipe, other, folder, monkeypatch, moment):
-    """Killed at any rename, the folder opens as the old model or as the new."""
+    """Killed at any rename, the folder opens as the old model or as the new.
+
+    The rename at moment 0 is the one that decides.
+    """
     (folder / "README.md").write_text("mine")
     (folder / "pictures").mkdir()
     (folder / "pictures" / "a.png").write_bytes(b"mine, too")
-    before, moves, replace = contents(folder), [], os.replace
+    before, sources, replace = contents(folder), [], os.replace
+
+    def counts(source, target):
+        sources.append(Path(source))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", counts)
+        other.save_pretrained(folder.with_name("other"))
+    left = sources.index(folder.with_name("other") / ".saving") + moment
 
     def dies(source, target):
-        if len(moves) == moment:
+        nonlocal left
+        if left == 0:
             raise Killed
-        moves.append(target)
+        left -= 1
         replace(source, target)
 
     with monkeypatch.context() as patch:
@@ -105,7 +122,7 @@ def test_an_interrupted_save_mixes_nothing(pipe, other, folder, monkeypatch, mom
         with pytest.raises(Killed):
             other.save_pretrained(folder)
     committed = not (folder / ".saving").exists()
-    assert committed == (moment > 17)  # the rename of the whole
+    assert committed == (moment > 0)
     if not committed:
         assert {k: v for k, v in contents(folder).items() if k[0] != "."} == before
     again = StableDiffusion.from_pretrained(folder)
@@ -163,6 +180,20 @@ def test_older_copies_of_the_weights_go(other, folder):
     assert sorted(path.name for path in (folder / "unet").iterdir()) == [
         "config.json", mine.name, "diffusion_pytorch_model.safetensors",
     ]  # fmt: skip
+
+
+def test_an_older_tokenizers_files_do_not_mix_with_the_new(pipe, folder):
+    """A folder of 2022 says its padding apart: Stable Diffusion 2's is another."""
+    for name, said in (
+        ("special_tokens_map", {"pad_token": "!"}),
+        ("added_tokens", {}),
+    ):
+        (folder / "tokenizer" / f"{name}.json").write_text(json.dumps(said))
+    old = StableDiffusion.from_pretrained(folder).tokenizer
+    assert old("a")[0, -1] == 0
+    pipe.tokenizer.save_pretrained(folder / "tokenizer")
+    again = StableDiffusion.from_pretrained(folder).tokenizer
+    assert torch.equal(again("a"), pipe.tokenizer("a"))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sets the limit of a file's size")
@@ -275,6 +306,8 @@ def test_absurd_sizes_are_named_before_memory_is_taken(folder, part, key, value)
 
 def test_json_that_is_nested_too_deeply_or_too_long(tmp_path):
     path = tmp_path / "config.json"
+    path.write_text('\ufeff{"a": 1}', encoding="utf-8")  # as Notepad saves it
+    assert read_json(path) == {"a": 1}
     path.write_text("[" * 100_000)
     with pytest.raises(WeightsError, match="config.json is not valid JSON"):
         read_json(path)
@@ -354,23 +387,22 @@ def test_marks_of_v_prediction_are_honoured(original, saved, tmp_path, zero):
     assert relative_error(found, reference("a red star", **options).images) < 1e-5
 
 
-def test_other_marks_and_the_scheduler_without_a_folder(original, tmp_path, pipe):
-    from sdbook.formats import told_schedule
-
+def test_other_marks_and_the_scheduler_without_a_folder(original, tmp_path):
     path = tmp_path / "model.safetensors"
     for told, expected in (("v", "v_prediction"), ("epsilon", None)):
         save_file(original, path, {"modelspec.prediction_type": told})
         found = told_schedule(path, read_weights(path))
         assert found.get("prediction_type") == expected
-    from sdbook.pipeline import SD15_SCHEDULE, follow_file
-    from sdbook.schedulers import make_scheduler
-
-    pndm = make_scheduler("pndm", **SD15_SCHEDULE)
-    v = {"prediction_type": "v_prediction"}
-    assert type(follow_file(pndm, v)) is type(pndm)
-    zero = follow_file(pndm, {**v, "rescale_betas_zero_snr": True})
-    assert zero.alphas_cumprod[-1].item() == 0
-    assert follow_file(pndm, {}).config == pndm.config
+    marks = {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}
+    save_file({**original, **marks}, path)
+    assert find_scheduler(path).alphas_cumprod[-1].item() == 0  # DDIM for PNDM
+    save_file({**original, "v_pred": marks["v_pred"]}, path)
+    assert isinstance(find_scheduler(path), PNDMScheduler)
+    assert find_scheduler(path).config.prediction_type == "v_prediction"
+    with pytest.warns(
+        UserWarning, match="prediction_type is epsilon, but .* trained with v_pr"
+    ):
+        check_schedule(TrainingConfig(pretrained=str(path)))
 
 
 @pytest.mark.parametrize("channels, task", [(8, "pix2pix"), (9, "inpainting")])
@@ -399,10 +431,26 @@ def test_a_tokenizer_without_a_length_takes_the_models(pipe, folder, length):
     assert json.loads(path.read_text())["model_max_length"] == 16
 
 
+@pytest.mark.parametrize("length", ["16", -1, True, [16]])
+def test_a_tokenizer_with_an_absurd_length_is_named(folder, length):
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    edit(path, model_max_length=length)
+    with pytest.raises(ValueError, match=f"{path.parent}.*model_max_length="):
+        StableDiffusion.from_pretrained(folder)
+
+
 def test_parts_that_do_not_fit_are_named_before_weights_are_read(folder):
-    edit(folder / "unet" / "config.json", cross_attention_dim=48)
     (folder / UNET).unlink()
-    with pytest.raises(ValueError, match="not trained together"):
+    path = folder / "unet" / "config.json"
+    edit(path, cross_attention_dim=48)
+    with pytest.raises(WeightsError, match=f"{folder}: .*not trained together"):
+        StableDiffusion.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("key", ["attention_head_dim", "norm_num_groups"])
+def test_sizes_that_cannot_be_built_name_the_folder(folder, key):
+    edit(folder / "unet" / "config.json", **{key: 3})
+    with pytest.raises(WeightsError, match=f"{folder}/unet: .*3"):
         StableDiffusion.from_pretrained(folder)
 
 
@@ -513,6 +561,19 @@ def test_one_file_of_stable_diffusion_2(second, tmp_path):
     assert same(found, dict(ours.text_encoder.state_dict()))
 
 
+def test_the_text_half_of_an_openclip_file(second, tmp_path):
+    """open_clip_pytorch_model.safetensors: no prefix, and a half that sees pictures."""
+    expected = CLIPTextModel.from_pretrained(second / "text_encoder")
+    file = as_openclip(dict(expected.state_dict()), 2)
+    bare = {key.removeprefix("cond_stage_model.model."): t for key, t in file.items()}
+    bare |= {"visual.proj": torch.ones(2, 2), "visual.ln_post.bias": torch.ones(2)}
+    save_file(bare, tmp_path / "openclip.safetensors")
+    found = CLIPTextModel.from_pretrained(
+        tmp_path / "openclip.safetensors", config=expected.config
+    )
+    assert same(found, expected)
+
+
 def test_the_sizes_of_stable_diffusion_2_follow_from_a_file(tmp_path):
     with torch.device("meta"):
         unet = UNet(UNetConfig.of("SD 2.x"))
@@ -527,3 +588,29 @@ def test_the_sizes_of_stable_diffusion_2_follow_from_a_file(tmp_path):
     save_file({key: torch.zeros(1, 1024)}, path)
     assert UNet.find_config(path) == UNetConfig.of("SD 2.x")
     assert AutoencoderKL.find_config(path) == VAEConfig()
+
+
+@pytest.mark.parametrize("path", ["", " "])
+def test_an_empty_path_is_no_path(path, tmp_path, monkeypatch):
+    """Python reads it as "here", and here may well be a model."""
+    from sdbook.clip import Tokenizer
+    from sdbook.data import Scenes, write_folder
+    from sdbook.features import open_clip
+    from sdbook.formats import find_part, shipped_models
+    from sdbook.images import open_pictures
+
+    folders = shipped_models()
+    write_folder(Scenes(), tmp_path, 1)
+    for place, read in (
+        (folders["scenes"], StableDiffusion.from_pretrained),
+        (folders["scenes"], lambda path: find_part(path, "vae")),
+        (folders["scenes"] / "unet", UNet.from_pretrained),
+        (folders["scenes"] / "tokenizer", Tokenizer.from_pretrained),
+        (folders["clip"], open_clip),
+        (tmp_path, open_pictures),
+    ):
+        monkeypatch.chdir(place)
+        with pytest.raises(ValueError, match="the path of .* is '"):
+            read(path)
+    with pytest.raises(ValueError, match="the path of a tokenizer is '"):
+        StableDiffusion.from_pretrained("scenes", tokenizer=path)

@@ -482,6 +482,14 @@ def test_a_table_without_one_of_its_files(name, tmp_path, recwarn):
     assert np.array_equal(fill(tmp_path / "table", keys, rows), rows)
 
 
+@pytest.mark.parametrize("value", [float("nan"), 1e6])
+def test_a_table_takes_only_numbers(value, tmp_path):
+    """A VAE whose weights are lost says such things, and nobody would look."""
+    with pytest.raises(ValueError, match="table should hold is no number"):
+        Rows(tmp_path / "table").append([short_name(0)], np.full((1, 2), value))
+    assert Rows(tmp_path / "table").count() == 0
+
+
 def test_an_older_table_gets_sums(tmp_path):
     keys, rows = make_table(tmp_path / "table")
     sums = tmp_path / "table" / "sums"
@@ -501,7 +509,7 @@ def test_damage_after_the_start_is_found_when_it_is_read(tmp_path):
         file.write(b"\x55")
     assert np.array_equal(table.read([0, 1, 2]), rows[:3])
     with pytest.raises(
-        ValueError, match="1 rows of .*table were damaged.*same command"
+        ValueError, match="table was damaged.* in 1 row; .*same command"
     ):
         table.read([2, 3, 4])
     with warnings.catch_warnings():

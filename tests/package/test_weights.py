@@ -20,6 +20,7 @@ from sdbook.files import (
     write_atomically,
     write_json,
 )
+from sdbook.unet import UNetConfig
 from sdbook.weights import Config, Pretrained, build_empty, load_strictly
 
 
@@ -327,3 +328,11 @@ def test_building_in_two_threads_leaves_pytorch_as_it_was():
     for thread in threads:
         thread.join()
     assert not failed and nn.init.normal_ is draw
+
+
+@pytest.mark.parametrize("value", [None, False, 0, 0.0])
+def test_an_option_that_is_off_may_be_unknown(value):
+    """As the docstring of `Config` says; one that is on is refused by name."""
+    assert UNetConfig.from_dict({"new_option": value}) == UNetConfig()
+    with pytest.raises(WeightsError, match="new_option=.*unknown"):
+        UNetConfig.from_dict({"new_option": 1})
