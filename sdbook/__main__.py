@@ -174,7 +174,8 @@ def explain(error: str, command: str, parser, config_class: type) -> str:
     from .run.settings import say_demands
 
     known = [action.dest for action in parser._actions]
-    if found := re.match(r"unrecognized arguments: (.*)|Option '(.*?)'", error, re.S):
+    unknown = r"(?i)unrecognized arguments: (.*)|.*\b(?:option|key) '(.*?)' is not"
+    if found := re.match(unknown, error, re.S):
         words = found[2] or found[1]
         name = re.match(r"(-*)([\w-]*)", words)[2].replace("-", "_")
         if name in GONE:
