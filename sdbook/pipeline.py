@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 from .clip import CLIPTextConfig, CLIPTextModel, Tokenizer
 from .files import (
     as_path,
-    read_json,
     read_weights,
     save_weights,
     saving_together,
@@ -57,10 +56,10 @@ from .inputs import (
     prepare_strength,
     require,
 )
+from .scheduler_files import UnsupportedScheduler, load_scheduler
 from .schedulers import (
     DDIMScheduler,
     Scheduler,
-    change_scheduler,
     make_scheduler,
     noise_like,
     scheduler_class,
@@ -71,8 +70,8 @@ from .weights import about, family, refuse_options
 
 __all__ = [
     "guide", "StableDiffusion", "check_parts", "check_tokenizer", "to_pictures",
-    "Pictures", "SourceImage", "SD15_SCHEDULE", "load_scheduler", "NETWORKS",
-    "find_networks", "find_words", "find_scheduler",
+    "Pictures", "SourceImage", "SD15_SCHEDULE", "NETWORKS", "find_networks",
+    "find_words", "find_scheduler",
 ]
 
 
@@ -108,8 +107,9 @@ class StableDiffusion:
 
     @scheduler.setter
     def scheduler(self, new: str | Scheduler):
-        if isinstance(new, str):
-            new = change_scheduler(self._scheduler, new)
+        if isinstance(new, str):  # latents have no range to be clipped to
+            options = {"clip_sample": False} | self._scheduler.options
+            new = scheduler_class(new).from_options(options, foreign=True)
         kind = type(new).__name__
         require(isinstance(new, Scheduler), f"a scheduler of type {kind}; give a name, "
                 "such as ddim, or one of sdbook.schedulers")
@@ -311,7 +311,7 @@ class StableDiffusion:
                 getattr(self, part).save_pretrained(side / part, dtype)
             self.tokenizer.save_pretrained(side / "tokenizer")
             self.scheduler.save_pretrained(side / "scheduler")
-            write_index(side, type(self.scheduler).__name__)
+            write_index(side, self.scheduler.name)
 
     def save_original(
         self, path: str | os.PathLike, dtype: torch.dtype | None = None
@@ -379,13 +379,12 @@ class StableDiffusion:
         # All that can be seen to be wrong is, before the slow part.
         with about(path):
             check_parts(sizes["vae"], sizes["text_encoder"], words, sizes["unet"])
-        networks = {}
+        scheduler, networks = find_scheduler(path, folder), {}
         for part, network in NETWORKS.items():
             copy = None if part in given else variant
             networks[part] = network.from_pretrained(
                 paths[part], dtype, copy, ema=ema, config=sizes[part]
             )
-        scheduler = find_scheduler(path, folder)
         return cls(tokenizer=words, scheduler=scheduler, **networks)
 
 
@@ -468,20 +467,6 @@ SD15_SCHEDULE = dict(
 )
 
 
-def load_scheduler(folder: Path) -> Scheduler:
-    """The scheduler of a model folder; DDIM, with a warning, for one we lack."""
-    try:
-        return Scheduler.from_pretrained(folder)
-    except ValueError:
-        name = read_json(folder / "scheduler_config.json").get("_class_name")
-        try:
-            scheduler_class(str(name))
-        except ValueError as missing:
-            warnings.warn(f"{folder}: {missing}; using ddim", stacklevel=3)
-            return DDIMScheduler.from_pretrained(folder)
-        raise
-
-
 NETWORKS = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "unet": UNet}
 
 
@@ -523,6 +508,10 @@ def find_scheduler(model: Path, folder: Path | None = None) -> Scheduler:
         scheduler = load_scheduler(folder / "scheduler")
     if not told:
         return scheduler
-    can = told.keys() <= scheduler.defaults.keys()
-    kind = type(scheduler) if can else DDIMScheduler
-    return kind.from_options(scheduler.options | told, foreign=True)
+    options = scheduler.options | told
+    if isinstance(scheduler, UnsupportedScheduler):
+        return UnsupportedScheduler(scheduler.name, options, scheduler.reason)
+    try:
+        return scheduler.from_options(options, foreign=True)
+    except ValueError:  # PNDM knows no schedule that ends in pure noise
+        return DDIMScheduler.from_options(options, foreign=True)
