@@ -596,10 +596,10 @@ def test_a_truncated_checkpoint(copy, capsys):
 
 
 def test_an_incomplete_checkpoint(copy, capsys):
-    shutil.rmtree(copy / "text_encoder")
-    assert str(copy / "text_encoder") in refused(capsys, bad_sample(copy))
     (copy / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     assert str(copy / "vae") in refused(capsys, bad_sample(copy))
+    shutil.rmtree(copy / "text_encoder")
+    assert str(copy / "text_encoder") in refused(capsys, bad_sample(copy))
 
 
 def test_a_foreign_checkpoint(copy, capsys, tmp_path):
@@ -616,7 +616,8 @@ def test_a_checkpoint_of_other_shapes(copy, capsys):
     file = copy / "unet" / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"cross_attention_dim": 24}))
-    assert "config.json" in refused(capsys, bad_sample(copy))
+    said = refused(capsys, bad_sample(copy))
+    assert str(copy) in said and "cross_attention_dim" in said
 
 
 def test_training_without_its_frozen_parts(capsys, tmp_path):
@@ -792,7 +793,6 @@ def test_values_are_kept_as_their_kind():
         ("train", {"beta_schedule": "squaredcos"}),
         ("train", {"prediction_type": "noise"}),
         ("train", {"seed": 2**64}),
-        ("sample", {"prompt": ("a \udcff star",)}),
         ("train", {"output_dir": "models", "pretrained": "./models"}),
         ("train-lora", {"output_dir": "models", "pretrained": "models"}),
         ("evaluate", {"num_prompts": 0}),
