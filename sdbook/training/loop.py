@@ -193,9 +193,8 @@ def optimise(
     `loss_of(module, batch, generator, rows)` gives the loss and a dict of numbers to
     log; its chance comes from the generator, the same for all micro-batches of a step,
     of whose pictures this one has the `rows`. Now and then `validate(module)` gives
-    such a dict, and `sample(module)` an image, of the averaged weights. `output_dir`
-    gets log.jsonl and checkpoints/. Ctrl-C writes one and raises KeyboardInterrupt.
-    One process at a time may train there.
+    such a dict, and `sample(module)` an image, of the averaged weights. Ctrl-C writes
+    a checkpoint and raises KeyboardInterrupt. Only one may train in `output_dir`.
     """
     run, count = Run(config, module, dataset), config.gradient_accumulation_steps
     config = run.config
@@ -215,10 +214,8 @@ def optimise(
             if stop or is_due(step + 1, config.checkpoint_every, config):
                 keep_state(run, step + 1)
             if stop:
-                raise KeyboardInterrupt(
-                    f"after step {step + 1}; the same command goes on from step "
-                    f"{run.saved}"
-                )
+                how = f"the same command goes on from step {run.saved}"
+                raise KeyboardInterrupt(f"after step {step + 1}; {how}")
     check_end(run)
     unwrap(run.accelerator, run.module, run.wrapped)
     return run.averaged
