@@ -17,7 +17,6 @@ from jaxtyping import Int
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..counts import counted
 from ..run.checkpoints import check_end, find_start, keep_state, skip_step
 from ..run.folder import owns_output_dir
 from ..run.logs import Log, Meter, is_due, open_tracker, report
@@ -66,9 +65,8 @@ class StepSampler(Sampler):
         self.rank, self.world, self.shares = rank, world, world * micro_batches
         if batch_size % self.shares:
             raise ValueError(
-                f"batch_size {batch_size} does not split over "
-                f"{counted(world, 'process', 'processes')} in "
-                f"{counted(micro_batches, 'micro-batch', 'micro-batches')}; give a "
+                f"batch_size {batch_size} does not split over {self.shares} shares "
+                f"(processes × micro-batches: {world} × {micro_batches}); give a "
                 f"multiple of {self.shares}"
             )
 
@@ -146,6 +144,7 @@ class Run:
         open_tracker(self)
 
     def learning_rate(self, step: int) -> float:
+        """The learning rate of a step."""
         return self.config.learning_rate * learning_rate_at(step, self.config)
 
 
@@ -161,9 +160,8 @@ def take_step(run: Run, step: int, loss_of: Callable, batches) -> None:
     for number, batch in enumerate(batches):
         rows = slice(number * run.world + run.rank, None, count * run.world)
         generator = step_generator(config.seed, step, device=run.device)
-        last = number == count - 1
-        alone = nullcontext() if last else run.accelerator.no_sync(run.wrapped)
-        with alone:
+        alone = run.accelerator.no_sync if number < count - 1 else nullcontext
+        with alone(run.wrapped):
             with run.accelerator.autocast():
                 loss, numbers = loss_of(run.wrapped, batch, generator, rows)
             run.accelerator.backward(loss / count)
