@@ -15,7 +15,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from .counts import counted
@@ -23,6 +22,7 @@ from .files import (
     WeightsError,
     as_path,
     list_folder,
+    read_facts,
     read_json,
     read_weights,
     save_weights,
@@ -339,8 +339,7 @@ def read_settings(file: Path, tensors: dict[str, Tensor]) -> dict[str, dict]:
         by_part = dict.fromkeys(LORA_PARTS, read_json(where))
     elif file.suffix.lower() == ".safetensors":
         where = f"lora_adapter_metadata in {file}"
-        with safe_open(file, framework="pt") as opened:
-            text = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
+        text = read_facts(file).get("lora_adapter_metadata", "{}")
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:

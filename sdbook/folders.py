@@ -353,7 +353,10 @@ def find_in_shards(pattern: str) -> tuple[list[tuple[Packed, str]], list[str]]:
     missing = [str(shard) for shard in shards if not shard.is_file()]
     if missing:
         count = f"{len(missing)} of {len(shards)}"
-        raise FileNotFoundError(f"{count} shards are not there:{first_lines(missing)}")
+        raise FileNotFoundError(
+            f"{count} shards are not there; copy them there, or name the ones that "
+            f"are:{first_lines(missing)}"
+        )
     for shard in shards:
         for key, sample in index_shard(shard, found.problems).items():
             name, (pairs, more) = f"{shard.name}/{key}", _pictures_and_captions(sample)

@@ -194,7 +194,7 @@ class FinetuningConfig(RunConfig):
     weight_decay: float = 0.0
     ema_decay: float = 0.0
     pretrained: str = "scenes"
-    caption_dropout: float = setting(0.1, at_least=0, at_most=1)
+    caption_dropout: float = setting(0.1, **SHARE)
     snr_gamma: float = setting(5.0, at_least=0)
 
     def __post_init__(self):

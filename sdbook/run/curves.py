@@ -110,7 +110,10 @@ def plot(config: PlotConfig) -> None:
     runs = {run: find_curves(read_log(run)) for run in config.runs}
     path = Path(config.output_path)
     if not any(runs.values()):
-        raise ValueError(f"{', '.join(runs)}: the log holds no number to draw")
+        raise ValueError(
+            f"{', '.join(runs)}: the log holds no number to draw; name a run that "
+            "has made a step or more"
+        )
     figure = draw_curves(runs)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=144))
     print(f"wrote {path}")

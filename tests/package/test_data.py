@@ -1153,6 +1153,7 @@ def test_the_benchmark_of_folders_runs(tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.count("30 pictures") == 3, said
 
+
 def test_what_other_trainings_wrote_is_no_data(tmp_path):
     """A folder with a run's lock is a run's; beside the lock lie its class pictures."""
     for place in ("", "lora/class/", "class/"):
