@@ -412,7 +412,12 @@ def find_in_rows(path: str, image: str | None = None, words: str | None = None):
         ) from error
     found, holder = Found(), Path(rows.cache_files[0]["filename"])
     for number, said in enumerate(rows[words]):
-        said = said[0] if said and isinstance(said, list) else said
+        said = (said or [None])[0] if isinstance(said, list) else said
         file = Packed(holder, f"{number:08}", _row_bytes, (path, rows, number, image))
-        found.add(file, said or "", f"{path}: row {number}")
+        where = f"{path}: row {number}"
+        if isinstance(said, str | None):
+            found.add(file, said or "", where)
+        else:
+            wrong = "is no text; name another caption_column"
+            found.broken.append(f"{where}: {words} {said!r:.60} {wrong}")
     return found.check(path)

@@ -7,6 +7,7 @@ from pathlib import Path
 from .settings import check_settings, setting
 
 DTYPES = ("float32", "float16", "bfloat16")
+MOST_BYTES = 10**7  # of a file of prompts
 PIXELS_AT_ONCE = 2**20  # 256 pictures of 64 × 64, 4 of 512 × 512
 # Not in a picture's metadata: what is said in another way, or changes no pixel.
 UNSAID = {
@@ -157,7 +158,11 @@ def read_prompts(path: str) -> list[str]:
     """The prompts of a file, one a line; empty lines are none. ValueError without."""
     from ..folders import text_of
 
-    lines = text_of(Path(path).read_bytes(), path).replace("\r", "\n").split("\n")
+    with open(path, "rb") as file:  # a pipe, too, but none without an end
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"prompt_file {path} is larger than 10 MB; give fewer prompts")
+    lines = text_of(data, path).replace("\r", "\n").split("\n")
     prompts = [" ".join(line.split()) for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"prompt_file {path} holds no prompt; write one a line")

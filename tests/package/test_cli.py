@@ -927,6 +927,7 @@ def test_prompts_from_a_file(draw, tmp_path, capsys):
     ):
         file.write_bytes(data)
         assert words in refused(capsys, sample)
+    assert "10 MB" in refused(capsys, ["sample", "--prompt_file", "/dev/zero"])
     file.unlink()
     assert str(file) in refused(capsys, sample)
 

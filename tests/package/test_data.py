@@ -1409,12 +1409,14 @@ def parquet(tmp_path_factory):
             "image": [*cards, None],
             "text": ["card 0", " card\n1", "card 2", " ", "none"],
             "words": [["card 0", "zero"], ["card 1"], ["card 2"], ["card 3"], []],
+            "numbers": [1, 2, 3, 4, 5],
             "files": ["/dev/zero", str(SHIPPED / "images/00000.png"), None, "no", ""],
         }
         kinds = {
             "image": datasets.Image(),
             "text": datasets.Value("string"),
             "words": datasets.Sequence(datasets.Value("string")),
+            "numbers": datasets.Value("int64"),
             "files": datasets.Value("string"),
         }
         rows = datasets.Dataset.from_dict(columns, datasets.Features(kinds))
@@ -1451,6 +1453,8 @@ def test_columns_of_parquet_may_have_other_names(parquet):
     for column in ("image_column", "caption_column"):
         with pytest.raises(ValueError, match="(?s)cannot read.*nothing.*image_column"):
             open_dataset(replace(config, **{column: "nothing"}))
+    with pytest.raises(ValueError, match="5 broken(?s:.)*row 4: numbers 5 is no text"):
+        open_dataset(replace(config, caption_column="numbers"))
 
 
 def test_rows_may_name_files_but_no_devices(parquet):
