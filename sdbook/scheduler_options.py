@@ -38,8 +38,10 @@ FIXED = {
     ),
 }  # fmt: skip
 # Options that do nothing without those.
-IGNORED = {"dynamic_thresholding_ratio", "sample_max_value", "euler_at_final"}
-IGNORED |= {"flow_shift", "time_shift_type"}
+IGNORED = {
+    "dynamic_thresholding_ratio", "sample_max_value", "euler_at_final", "flow_shift",
+    "time_shift_type",
+}  # fmt: skip
 
 
 def check_options(kind: type, options: dict) -> None:
