@@ -92,6 +92,9 @@ def fault_in(state) -> str | None:
         for means in moved.values()
     ):
         return "its optimiser is none"
+    means = [mean for means in moved.values() for mean in means.values()]
+    if not all(bool(mean.isfinite().all()) for mean in means):
+        return "its optimiser has means that are no numbers"
     if type(state["step"]) is not int or state["step"] < 0:
         return f"its step is {state['step']!r:.40}"
     return None
@@ -367,5 +370,6 @@ def give_up(run, step: int, what: str) -> ValueError:
     folder = checkpoint_folder(run.config.output_dir)
     if run.main:  # but not the one that the run has begun with
         set_aside(folder, max(run.first, step - run.meter.lost))
-    last = max(list_checkpoints(folder), default=f"step {run.first}")
+    first = 0 if run.config.resume == "auto" else run.first  # its file may be gone
+    last = max(list_checkpoints(folder), default=f"step {first}")
     return ValueError(NO_NUMBER.format(what=what, last=last))
