@@ -17,7 +17,7 @@ Records = dict[str, list[dict]]  # for each kind of prompt, what `evaluate` retu
 
 def write_text(path: Path, text: str) -> None:
     """Write a text, whole or not at all."""
-    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda file: file.write_bytes(text.encode()))
 
 
 def write_png(path: Path, picture: Image.Image) -> None:

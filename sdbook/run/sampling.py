@@ -4,7 +4,7 @@ import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from .settings import check_settings, setting
+from .settings import check_png, check_settings, setting
 
 DTYPES = ("float32", "float16", "bfloat16")
 MOST_BYTES = 10**7  # of a file of prompts
@@ -85,8 +85,7 @@ class SamplingConfig:
         check_settings(self)
         if bool(self.prompt) == bool(self.prompt_file):
             raise ValueError("give a prompt or a prompt_file, one of the two")
-        if Path(self.output_path).suffix.lower() != ".png":
-            raise ValueError(f"output_path {self.output_path!r} must end in .png")
+        check_png("output_path", self.output_path)
         for name, what, needs in (
             ("lora_scale", "LoRA", "lora_path"),
             ("word", "word's file", "word_path"),

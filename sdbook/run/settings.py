@@ -138,6 +138,12 @@ def check_places(config: "RunConfig", name: str) -> None:
         )
 
 
+def check_png(name: str, path: str) -> None:
+    """Raise ValueError for the path of a picture to write that is no PNG's."""
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"{name} {path!r} must end in .png; give it that ending")
+
+
 def check_multiple(name: str, widths, divisor_name: str, divisor: int) -> None:
     """Raise ValueError unless every width is a multiple of the divisor."""
     if any(width % divisor for width in widths):
