@@ -446,8 +446,11 @@ def explain(path: Path, error: Exception) -> Exception:
 
 
 def is_hub_id(name: str | os.PathLike) -> bool:
-    """Whether a name looks like `owner/model` and is nothing on this machine."""
-    looks = re.fullmatch(r"[\w-][\w.-]*/[^/]+", str(name))
+    """Whether a name looks like `owner/model` and is nothing on this machine.
+
+    What is in runs/, where our trainings write, never does.
+    """
+    looks = re.fullmatch(r"(?!runs/)[\w-][\w.-]*/[^/]+", str(name))
     return bool(looks) and not Path(name).exists()
 
 

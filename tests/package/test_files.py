@@ -278,6 +278,15 @@ def test_sums_of_other_programs_are_left_alone(tmp_path, theirs):
     assert read_weights(tmp_path / "a.safetensors")["a"].tolist() == [1, 1]
 
 
+def test_what_is_in_runs_is_no_hub_id(tmp_path, monkeypatch):
+    """A training that was not run yet is not asked for on the network."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no model 'runs/unet'"):
+        StableDiffusion.from_pretrained("runs/unet")
+    with pytest.raises(FileNotFoundError, match="no model 'runs/my-vae'.*train-vae"):
+        find_training_sizes(TrainingConfig(vae_weights_path="runs/my-vae"))
+
+
 @pytest.mark.parametrize("path", ["", " "])
 def test_a_file_to_save_has_a_name(pipe, path):
     with pytest.raises(ValueError, match="the path of what to save"):
