@@ -36,8 +36,7 @@ from .files import (
 
 __all__ = [
     "load_strictly", "CLUES", "WIDTHS", "family", "LIMITS", "is_of_type", "about",
-    "Config", "Pretrained", "Undrawn", "build_empty", "fill", "refuse_options",
-    "MOVED", "is_for_training",
+    "Config", "Pretrained", "Undrawn", "build_empty", "fill", "refuse_options", "MOVED",
 ]
 
 
@@ -340,8 +339,3 @@ def __getattr__(name: str):
     if name not in MOVED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module("sdbook.formats"), name)
-
-
-def is_for_training(key: str) -> bool:
-    """Whether no picture depends on this name of a single file."""
-    return bool(import_module("sdbook.formats").HARMLESS.match(key))

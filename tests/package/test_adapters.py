@@ -293,8 +293,8 @@ def test_what_peft_saves_of_relatives_is_named(kind, pipe, theirs, tmp_path):
     [
         ("lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "XL"),
         ("transformer.blocks.0.attn.to_q.lora_A.weight", "transformer"),
-        ("unet:0:up", "fit nothing"),
-        ("model.diffusion_model.out.2.weight", "fit nothing"),
+        ("unet:0:up", "fits? nothing"),
+        ("model.diffusion_model.out.2.weight", "fits? nothing"),
     ],
 )
 def test_files_for_other_models(key, words, pipe, tmp_path):
