@@ -14,47 +14,23 @@ from pathlib import Path
 
 # What a command does, its settings, and the function that takes them.
 COMMANDS = {
-    "sample": (
-        "draw pictures from prompts",
-        "run.sampling.SamplingConfig",
-        "run.sampling.sample",
-    ),
-    "train": (
-        "train a UNet on a frozen VAE and text model",
-        "run.configs.TrainingConfig",
-        "training.train",
-    ),
-    "train-vae": (
-        "train a VAE",
-        "run.configs.VAETrainingConfig",
-        "training.train_vae",
-    ),
-    "train-clip": (
-        "train a CLIP text model and its tokenizer",
-        "run.configs.CLIPTrainingConfig",
-        "training.train_clip",
-    ),
-    "train-lora": (
-        "fine-tune a UNet on a few pictures",
-        "run.configs.LoRATrainingConfig",
-        "finetuning.train_lora",
-    ),
-    "train-word": (
-        "teach a text model a new word",
-        "run.configs.WordTrainingConfig",
-        "finetuning.train_word",
-    ),
-    "evaluate": (
-        "score a model's pictures, kind by kind of prompt",
-        "run.evaluating.EvaluationConfig",
-        "run.evaluating.evaluate",
-    ),
-    "plot": (
-        "draw the curves of runs",
-        "run.curves.PlotConfig",
-        "run.curves.plot",
-    ),
-}
+    "sample": ("draw pictures from prompts",
+        "run.sampling.SamplingConfig", "run.sampling.sample"),
+    "train": ("train a UNet on a frozen VAE and text model",
+        "run.configs.TrainingConfig", "training.train"),
+    "train-vae": ("train a VAE",
+        "run.configs.VAETrainingConfig", "training.train_vae"),
+    "train-clip": ("train a CLIP text model and its tokenizer",
+        "run.configs.CLIPTrainingConfig", "training.train_clip"),
+    "train-lora": ("fine-tune a UNet on a few pictures",
+        "run.configs.LoRATrainingConfig", "finetuning.train_lora"),
+    "train-word": ("teach a text model a new word",
+        "run.configs.WordTrainingConfig", "finetuning.train_word"),
+    "evaluate": ("score a model's pictures, kind by kind of prompt",
+        "run.evaluating.EvaluationConfig", "run.evaluating.evaluate"),
+    "plot": ("draw the curves of runs",
+        "run.curves.PlotConfig", "run.curves.plot"),
+}  # fmt: skip
 # Lists of texts that are taken as they are typed, and not read as YAML.
 AS_TYPED = {
     "prompt": ("--prompt", "TEXT", "what to draw, one text or more"),
@@ -174,7 +150,8 @@ def explain(error: str, command: str, parser, config_class: type) -> str:
     from .run.settings import say_demands
 
     known = [action.dest for action in parser._actions]
-    if found := re.match(r"unrecognized arguments: (.*)|Option '(.*?)'", error, re.S):
+    unknown = r"(?i)unrecognized arguments: (.*)|.*\b(?:option|key) '(.*?)' is not"
+    if found := re.match(unknown, error, re.S):
         words = found[2] or found[1]
         name = re.match(r"(-*)([\w-]*)", words)[2].replace("-", "_")
         if name in GONE:

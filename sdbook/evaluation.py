@@ -17,7 +17,6 @@ from scipy import ndimage
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-# Names that once stood here, for whoever imports them from here.
 from .features import (  # noqa: F401
     BookCLIP,
     Inception,
@@ -27,6 +26,10 @@ from .features import (  # noqa: F401
     open_inception,
     pool_as_in_2015,
 )
+
+# Names that once stood here, for whoever imports them from here.
+from .features import BookCLIP as OurCLIP  # noqa: F401
+from .features import TransformersCLIP as TheirCLIP  # noqa: F401
 from .images import labelled_grid  # noqa: F401
 from .pipeline import StableDiffusion
 from .reports import (  # noqa: F401

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .clip import CLIPTextConfig, CLIPTextModel, Tokenizer
-from .files import read_json, read_weights, save_weights, saving_together
+from .files import read_weights, save_weights, saving_together
 
 # Names that once stood here, for whoever imports them from here.
 from .formats import (  # noqa: F401
@@ -35,10 +35,10 @@ from .formats import (  # noqa: F401
     told_schedule,
     write_index,
 )
+from .scheduler_files import UnsupportedScheduler, load_scheduler
 from .schedulers import (
     DDIMScheduler,
     Scheduler,
-    change_scheduler,
     make_scheduler,
     noise_like,
     scheduler_class,
@@ -52,8 +52,8 @@ __all__ = [
     "OUTPUT_TYPES", "check_output_type", "to_pictures", "Pictures", "SourceImage",
     "prepare_prompts", "prepare_seeds", "prepare_guidance", "prepare_eta",
     "prepare_strength", "prepare_size", "check_latents", "picture_size",
-    "prepare_pictures", "as_pixels", "SD15_SCHEDULE", "load_scheduler", "NETWORKS",
-    "find_sizes", "find_scheduler",
+    "prepare_pictures", "as_pixels", "SD15_SCHEDULE", "NETWORKS", "find_sizes",
+    "find_scheduler",
 ]
 
 
@@ -89,8 +89,9 @@ class StableDiffusion:
 
     @scheduler.setter
     def scheduler(self, new: str | Scheduler):
-        if isinstance(new, str):
-            new = change_scheduler(self._scheduler, new)
+        if isinstance(new, str):  # latents have no range to be clipped to
+            options = {"clip_sample": False} | self._scheduler.options
+            new = scheduler_class(new).from_options(options, foreign=True)
         self._scheduler = new
 
     @property
@@ -277,7 +278,7 @@ class StableDiffusion:
                 getattr(self, part).save_pretrained(side / part, dtype)
             self.tokenizer.save_pretrained(side / "tokenizer")
             self.scheduler.save_pretrained(side / "scheduler")
-            write_index(side, type(self.scheduler).__name__)
+            write_index(side, self.scheduler.name)
 
     def save_original(
         self, path: str | os.PathLike, dtype: torch.dtype | None = None
@@ -331,13 +332,12 @@ class StableDiffusion:
         # All that can be seen to be wrong is, before the slow part.
         with about(path):
             check_parts(sizes["vae"], sizes["text_encoder"], words, sizes["unet"])
-        networks = {}
+        scheduler, networks = find_scheduler(path, folder), {}
         for part, network in NETWORKS.items():
             source = path if one_file else path / part
             networks[part] = network.from_pretrained(
                 source, dtype, variant, ema=ema, config=sizes[part]
             )
-        scheduler = find_scheduler(path, folder)
         return cls(tokenizer=words, scheduler=scheduler, **networks)
 
 
@@ -597,20 +597,6 @@ SD15_SCHEDULE = dict(
 )
 
 
-def load_scheduler(folder: Path) -> Scheduler:
-    """The scheduler of a model folder; DDIM, with a warning, for one we lack."""
-    try:
-        return Scheduler.from_pretrained(folder)
-    except ValueError:
-        name = read_json(folder / "scheduler_config.json").get("_class_name")
-        try:
-            scheduler_class(str(name))
-        except ValueError as missing:
-            warnings.warn(f"{folder}: {missing}; using ddim", stacklevel=3)
-            return DDIMScheduler.from_pretrained(folder)
-        raise
-
-
 NETWORKS = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "unet": UNet}
 
 
@@ -633,6 +619,10 @@ def find_scheduler(model: Path, folder: Path | None = None) -> Scheduler:
         scheduler = load_scheduler(folder / "scheduler")
     if not told:
         return scheduler
-    can = told.keys() <= scheduler.defaults.keys()
-    kind = type(scheduler) if can else DDIMScheduler
-    return kind.from_options(scheduler.options | told, foreign=True)
+    options = scheduler.options | told
+    if isinstance(scheduler, UnsupportedScheduler):
+        return UnsupportedScheduler(scheduler.name, options, scheduler.reason)
+    try:
+        return scheduler.from_options(options, foreign=True)
+    except ValueError:  # PNDM knows no schedule that ends in pure noise
+        return DDIMScheduler.from_options(options, foreign=True)

@@ -5,7 +5,6 @@ not edit.
 """
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,26 +15,30 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .files import read_json, write_json
+from .files import write_json
+from .scheduler_options import FIXED, IGNORED, check_options, read_options
+from .weights import about
 
 __all__ = [
-    "Floats", "Level", "Sample", "BETA_SCHEDULES", "cosine_alpha_bar", "make_betas",
-    "rescale_zero_terminal_snr", "posterior_mean", "posterior_variance",
-    "spaced_timesteps", "ddim_step", "Timestep", "Timesteps", "Scheduler",
-    "check_batch", "Generators", "noise_like", "DDPMScheduler", "DDIMScheduler",
-    "SCHEDULERS", "scheduler_class", "make_scheduler", "change_scheduler",
-    "WITHOUT_EFFECT", "karras_sigmas", "euler_step", "heun_step", "lagrange_weights",
+    "Floats", "Level", "Sample", "Timestep", "Timesteps", "Generators",
+    "BETA_SCHEDULES", "cosine_alpha_bar", "make_betas", "rescale_zero_terminal_snr",
+    "posterior_mean", "posterior_variance", "split_output", "spaced_timesteps",
+    "ddim_step", "Scheduler", "check_batch", "noise_like", "DDPMScheduler",
+    "DDIMScheduler", "SCHEDULERS", "scheduler_class", "make_scheduler",
+    "change_scheduler", "karras_sigmas", "euler_step", "heun_step", "lagrange_weights",
     "Levels", "Samples", "lms_step", "transfer", "plms_noise", "runge_kutta_noise",
     "unit_shares", "log_snr", "dpmpp_2m_step", "unic_step", "euler_ancestral_step",
-    "predicted_x0", "SigmaScheduler", "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler",
-    "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "PNDMScheduler",
+    "SigmaScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+    "LMSDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler", "PNDMScheduler",
 ]
 
 
 Floats = Float[Tensor, "..."]
 Level = Float[Tensor, ""]  # one number
 Sample = Float[Tensor, "*shape"]  # in one call all have the same shape
+Timestep, Timesteps = SupportsFloat, int | Int[Tensor, "..."]
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -47,36 +50,26 @@ def cosine_alpha_bar(u: float) -> float:
 
 
 def make_betas(schedule: str, num_timesteps: int, start: float, end: float) -> Floats:
-    """The share of noise that each timestep mixes in, (num_timesteps,), float32.
-
-    `linear` is DDPM's, `scaled_linear` (linear in the square root) Stable Diffusion's,
-    `squaredcos_cap_v2` or `cosine` Nichol and Dhariwal's, without start and end.
-    """
+    """The share of noise that each timestep mixes in, (num_timesteps,), float32."""
     if schedule == "linear":
         return torch.linspace(start, end, num_timesteps, dtype=torch.float32)
     if schedule == "scaled_linear":
         roots = torch.linspace(start**0.5, end**0.5, num_timesteps, dtype=torch.float32)
         return roots**2
-    if schedule in ("squaredcos_cap_v2", "cosine"):
+    if schedule in ("squaredcos_cap_v2", "cosine"):  # without start and end
         left = [cosine_alpha_bar(i / num_timesteps) for i in range(num_timesteps + 1)]
         betas = [min(1 - b / a, 0.999) for a, b in zip(left, left[1:])]
         return torch.tensor(betas, dtype=torch.float32)
-    raise ValueError(
-        f"unknown beta_schedule {schedule!r}; choose one of {', '.join(BETA_SCHEDULES)}"
-    )
+    known = ", ".join(BETA_SCHEDULES)
+    raise ValueError(f"unknown beta_schedule {schedule!r}; choose one of {known}")
 
 
 def rescale_zero_terminal_snr(betas: Floats) -> Floats:
-    """Shift and stretch the schedule so that the last timestep is pure noise.
-
-    Algorithm 1 of Lin et al. (2024): √ᾱ keeps its first value and ends at 0.
-    """
+    """Shift and stretch √ᾱ, so that it ends at 0: algorithm 1 of Lin et al. (2024)."""
     roots = torch.cumprod(1.0 - betas, dim=0).sqrt()
     first, last = roots[0].clone(), roots[-1].clone()
-    roots = (roots - last) * (first / (first - last))
-    alphas_bar = roots**2
-    alphas = torch.cat([alphas_bar[:1], alphas_bar[1:] / alphas_bar[:-1]])
-    return 1 - alphas
+    alphas_bar = ((roots - last) * (first / (first - last))) ** 2
+    return 1 - torch.cat([alphas_bar[:1], alphas_bar[1:] / alphas_bar[:-1]])
 
 
 def posterior_mean(x0: Sample, x: Sample, alpha_bar: Level, before: Level) -> Sample:
@@ -90,6 +83,22 @@ def posterior_mean(x0: Sample, x: Sample, alpha_bar: Level, before: Level) -> Sa
 def posterior_variance(alpha_bar: Level, before: Level) -> Level:
     """The variance of q(x_s | x_t, x0), the same for every x0."""
     return (1 - before) / (1 - alpha_bar) * (1 - alpha_bar / before)
+
+
+def split_output(
+    prediction_type: str, output: Sample, x: Sample, signal: Level, spread: Level,
+    size: Level | int = 1,
+) -> tuple[Sample, Sample]:
+    """(x0, noise), by what a network says of x = signal * x0 + spread * noise.
+
+    It sees x / size, of variance 1, and `v_prediction` means the velocity there.
+    """
+    if prediction_type == "sample":
+        return output, (x - signal * output) / spread
+    if prediction_type == "epsilon":
+        return (x - spread * output) / signal, output
+    x0 = (signal * x / size - spread * output) / size
+    return x0, (signal * output + spread * x / size) / size
 
 
 def spaced_timesteps(
@@ -114,9 +123,6 @@ def ddim_step(x0: Sample, noise: Sample, before: Level, std: Level | float) -> S
     return before.sqrt() * x0 + (1 - before - std**2).clamp(min=0).sqrt() * noise
 
 
-Timestep, Timesteps = SupportsFloat, int | Int[Tensor, "..."]
-
-
 class Scheduler:
     """A noise schedule, and what all samplers share; diffusers' options as keywords.
 
@@ -124,92 +130,58 @@ class Scheduler:
     is ᾱ_t, the signal power left at t.
     """
 
-    # A class's options and their defaults; then what some of them may be, and the
-    # only values for options of diffusers that the class has not.
     defaults = dict(
         num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02,
-        beta_schedule="linear", prediction_type="epsilon",
-        timestep_spacing="leading", steps_offset=0,
+        beta_schedule="linear", rescale_betas_zero_snr=False,
+        prediction_type="epsilon", timestep_spacing="leading", steps_offset=0,
     )
-    accepts = dict(
-        beta_schedule=(*BETA_SCHEDULES, "cosine"),
+    choices = dict(
+        beta_schedule=(*BETA_SCHEDULES, "cosine"), trained_betas=(None,),
         prediction_type=("epsilon", "sample", "v_prediction"),
         timestep_spacing=("leading", "linspace", "trailing"),
-        trained_betas=(None,), thresholding=(False,),
     )
     init_noise_sigma = 1.0  # the spread of the x that a run starts from
+    calls = 1  # of the network, for one step
     num_inference_steps = position = None  # before set_timesteps, and the first step
 
     def __init__(self, **options):
-        self.check(options)
+        check_options(type(self), options)
+        self.name = type(self).__name__
         self.options = {k: v for k, v in options.items() if k in self.defaults}
         self.config = config = SimpleNamespace(**self.defaults | self.options)
         if config.beta_schedule == "cosine":
             config.beta_schedule = "squaredcos_cap_v2"
         self.num_train_timesteps = total = config.num_train_timesteps
-        self.betas = make_betas(
-            config.beta_schedule, total, config.beta_start, config.beta_end
-        )
-        if getattr(config, "rescale_betas_zero_snr", False):
+        betas = config.beta_schedule, total, config.beta_start, config.beta_end
+        self.betas = make_betas(*betas)
+        if config.rescale_betas_zero_snr:
             self.betas = rescale_zero_terminal_snr(self.betas)
         self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)
+        self._on_device = self.alphas_cumprod  # where it was last asked for
         self.timesteps = torch.arange(total - 1, -1, -1)
         to_one = getattr(config, "set_alpha_to_one", True)  # after the last step
         self.final_alpha_bar = torch.tensor(1.0) if to_one else self.alphas_cumprod[0]
-        self._tables = {}
 
-    def check(self, options: dict) -> None:
-        """ValueError for options that this class has not, and values that none has."""
-        for name in options:
-            if name not in self.defaults | Scheduler.accepts:
-                raise ValueError(
-                    f"{type(self).__name__} has no option {name!r}; "
-                    f"its options are {', '.join(self.defaults)}"
-                )
-        self.refuse(options)
-        own = self.defaults | options
-        for name, least in (("num_train_timesteps", 1), ("steps_offset", 0)):
-            if not isinstance(own[name], int) or own[name] < least:
-                raise ValueError(f"{name}={own[name]!r}: expected an integer ≥ {least}")
-        start, end = own["beta_start"], own["beta_end"]
-        if not 0 < start <= end < 1:
-            raise ValueError(
-                f"betas {start} to {end}: expected 0 < beta_start <= beta_end < 1"
-            )
-
-    @classmethod
-    def refuse(cls, options: dict) -> None:
-        """ValueError for a value that `accepts` does not list."""
-        for name, values in cls.accepts.items():
-            if options.get(name, values[0]) not in values:
-                raise ValueError(
-                    f"{cls.__name__}: {name}={options[name]!r} is not implemented; "
-                    f"choose from {', '.join(map(str, values))}"
-                )
+    def __repr__(self):
+        return f"{self.name}({self.config})"
 
     def check_timestep(self, t: Timestep) -> int:
         """t as an int; ValueError unless the schedule has it."""
         if not 0 <= int(t) < self.num_train_timesteps:
-            raise ValueError(
-                f"timestep {int(t)} is outside the schedule, "
-                f"which runs from 0 to {self.num_train_timesteps - 1}"
-            )
+            last = self.num_train_timesteps - 1
+            raise ValueError(f"timestep {int(t)} is outside the schedule, 0 to {last}")
         return int(t)
 
     def levels(self, t: Timesteps, x: Floats, noise=None) -> tuple[Floats, Floats]:
         """(√ᾱ_t, √(1-ᾱ_t)), the shares of signal and noise, shaped to multiply x."""
         t = check_batch(t, x, noise)
-        # On an accelerator the check would wait for the device at every training
-        # step, and the indexing below is checked there anyway.
-        if t.device.type == "cpu" and t.numel():
+        if t.device.type == "cpu" and t.numel():  # others would wait for the device
             self.check_timestep(t.min())
             self.check_timestep(t.max())
-        if x.device not in self._tables:
-            roots = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
-            self._tables[x.device] = torch.stack(roots).to(x.device)
-        signal, spread = self._tables[x.device][:, t.to(x.device)].to(x.dtype)
-        shape = t.shape + (1,) * (x.ndim - t.ndim)
-        return signal.reshape(shape), spread.reshape(shape)
+        self._on_device = self._on_device.to(x.device)
+        alpha_bar = self._on_device[t.to(x.device)]
+        alpha_bar = alpha_bar.reshape(t.shape + (1,) * (x.ndim - t.ndim))
+        return alpha_bar.sqrt().to(x.dtype), (1 - alpha_bar).sqrt().to(x.dtype)
 
     def add_noise(self, x0: Floats, noise: Floats, t: Timesteps) -> Floats:
         """x_t = √ᾱ_t x0 + √(1-ᾱ_t) noise: all t steps at once (Ho et al., eq. 4)."""
@@ -233,24 +205,17 @@ class Scheduler:
         alpha_bar = self.alphas_cumprod[t if isinstance(t, int) else t.cpu()]
         return alpha_bar / (1 - alpha_bar)
 
-    def split(
-        self, model_output: Sample, t: Timestep, x: Sample
-    ) -> tuple[Sample, Sample]:
+    def split(self, output: Sample, t: Timestep, x: Sample) -> tuple[Sample, Sample]:
         """(x0, noise) that the model's output at x_t amounts to, before clipping."""
         alpha_bar = self.alphas_cumprod[self.check_timestep(t)]
-        signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        if self.config.prediction_type == "sample":
-            return model_output, (x - signal * model_output) / spread
-        if self.config.prediction_type == "v_prediction":
-            x0 = signal * x - spread * model_output
-            return x0, signal * model_output + spread * x
-        if alpha_bar == 0:
+        kind = self.config.prediction_type
+        if alpha_bar == 0 and kind == "epsilon":
             raise ValueError(
                 f"timestep {int(t)} is pure noise (ᾱ = 0), so a model that predicts "
                 "epsilon says nothing about x0 there; use prediction_type="
                 "'v_prediction', or rescale_betas_zero_snr=False"
             )
-        return (x - spread * model_output) / signal, model_output
+        return split_output(kind, output, x, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
     def clip(self, x0: Sample) -> Sample:
         """x0 limited to ±clip_sample_range where the options ask for it."""
@@ -267,11 +232,8 @@ class Scheduler:
     def set_timesteps(self, num_inference_steps: int) -> None:
         """Begin a run of so many steps: `timesteps`, noisiest first, on the CPU."""
         total, n, config = self.num_train_timesteps, num_inference_steps, self.config
-        if not 1 <= n <= total:
-            raise ValueError(
-                f"num_inference_steps={n}: expected 1 to {total}, "
-                "the number of timesteps that the model was trained with"
-            )
+        if not isinstance(n, int | np.integer) or not 1 <= n <= total:
+            raise ValueError(f"num_inference_steps={n!r}: expected 1 to {total}, whole")
         steps = spaced_timesteps(config.timestep_spacing, n, total, config.steps_offset)
         steps = steps[:n].round()
         steps -= max(0, steps[0] - (total - 1))  # at n = total an offset has no room
@@ -285,10 +247,10 @@ class Scheduler:
                 f"skip {steps} of {self.num_inference_steps} steps: at least one "
                 "has to be left; call set_timesteps(n) before each skip"
             )
-        self.timesteps = self.timesteps[steps:]
+        self.timesteps = self.timesteps[steps * self.calls :]
 
     def scale_model_input(self, x: Floats, t: Timestep) -> Floats:
-        """The network's input for x: x itself, in the schedulers of this chapter."""
+        """The network's input for x: x itself, unless a sampler walks in σ."""
         return x
 
     def find(self, t: Timestep) -> int:
@@ -307,39 +269,31 @@ class Scheduler:
 
         A name that no scheduler knows is refused, unless the dict is another class's.
         """
-        cls.refuse(options)
-        others = options.keys() - (cls.defaults | Scheduler.accepts).keys()
+        tables = (kind.defaults | kind.choices for kind in SCHEDULERS.values())
+        known = IGNORED.union(*tables, *FIXED.values())
+        aside = options.keys() - cls.defaults.keys() - cls.choices.keys()
         if not foreign:
-            tables = (kind.defaults | kind.accepts for kind in SCHEDULERS.values())
-            others &= WITHOUT_EFFECT.union(*tables)
-        scheduler = cls(**{k: v for k, v in options.items() if k not in others})
-        scheduler.options = dict(options)
+            aside = aside & known - FIXED.get(cls.__name__, {}).keys()
+        scheduler = cls(**{k: v for k, v in options.items() if k not in aside})
+        scheduler.options = {k: v for k, v in options.items() if k in known}
         return scheduler
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike):
+    def from_pretrained(cls, folder: str | Path):
         """Read a folder's `scheduler_config.json`, ours or diffusers', of any class.
 
         `Scheduler` builds the class that the file names, other classes themselves.
-        Raises FileNotFoundError or ValueError, naming the file.
         """
         path = Path(folder) / "scheduler_config.json"
-        values = read_json(path)
-        written = str(values.get("_class_name"))
-        options = {key: v for key, v in values.items() if not key.startswith("_")}
-        try:
+        written, options = read_options(path)
+        with about(path):
             kind = cls if cls in SCHEDULERS.values() else scheduler_class(written)
             return kind.from_options(options, foreign=kind.__name__ != written)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write `scheduler_config.json` as diffusers does."""
-        values = {"_class_name": type(self).__name__, **vars(self.config)}
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `scheduler_config.json` as diffusers does, with what was kept aside."""
+        values = {"_class_name": self.name, **self.options, **vars(self.config)}
         write_json(values, Path(folder) / "scheduler_config.json")
-
-    def __repr__(self):
-        return f"{type(self).__name__}({self.config})"
 
     def place(self, t: Timestep) -> int:
         """Where a run with a memory stands: at t, or ValueError. Its start is free."""
@@ -348,16 +302,12 @@ class Scheduler:
         i, t = self.position, float(t)
         if i is None:
             return self.find(t)
-        if i == len(self.timesteps):
+        n, due = len(self.timesteps), self.timesteps[i : i + 1].tolist()
+        if due != [t]:
+            due = f"step {i + 1} of {n} is {due[0]:g}" if due else "after the last step"
             raise ValueError(
-                f"timestep {t:g} after the last step of a run; "
-                "call set_timesteps(n) to begin another"
-            )
-        if t != float(self.timesteps[i]):
-            raise ValueError(
-                f"timestep {t:g} out of order: step {i + 1} of {len(self.timesteps)} "
-                f"is {self.timesteps[i]:g}; go through scheduler.timesteps, or call "
-                "set_timesteps(n) to begin again"
+                f"timestep {t:g} out of order: {due}; go through scheduler.timesteps, "
+                "or call set_timesteps(n) to begin again"
             )
         return i
 
@@ -378,15 +328,8 @@ def check_batch(t: Timestep, x: Tensor, noise: Tensor | None = None) -> Tensor:
     return t
 
 
-Generators = torch.Generator | list[torch.Generator] | None
-
-
 def noise_like(x: Sample, generator: Generators = None) -> Sample:
-    """Standard normal noise of x's shape, dtype and device, from any device's dice.
-
-    A list of generators gives picture k noise from generator k alone, so that it does
-    not depend on the rest of the batch.
-    """
+    """Standard normal noise like x, from any device's dice; of a list, one each."""
     if not isinstance(generator, list):
         device = x.device if generator is None else generator.device
         noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
@@ -402,10 +345,11 @@ class DDPMScheduler(Scheduler):
     """Ancestral sampling of Ho et al. (2020): the posterior mean, plus fresh noise."""
 
     defaults = Scheduler.defaults | dict(
-        rescale_betas_zero_snr=False, clip_sample=True, clip_sample_range=1.0,
-        variance_type="fixed_small",
+        clip_sample=True, clip_sample_range=1.0, variance_type="fixed_small"
     )
-    accepts = Scheduler.accepts | dict(variance_type=("fixed_small", "fixed_large"))
+    choices = Scheduler.choices | dict(  # None and fixed_small_log mean fixed_small
+        variance_type=("fixed_small", "fixed_large", "fixed_small_log", None)
+    )
 
     def previous_timestep(self, t: int) -> int:
         """The timestep that follows t on the way back; -1 after the last."""
@@ -415,8 +359,7 @@ class DDPMScheduler(Scheduler):
         return int(following[0]) if len(following) else -1
 
     def step(
-        self, model_output: Sample, t: Timestep, sample: Sample,
-        generator: Generators = None,
+        self, model_output: Sample, t: Timestep, sample: Sample, generator=None
     ) -> Sample:
         """x at the previous timestep, drawn from q(x_prev | x_t, x0 as predicted)."""
         t = self.check_timestep(t)
@@ -434,14 +377,12 @@ class DDPMScheduler(Scheduler):
 class DDIMScheduler(Scheduler):
     """Deterministic sampling of Song et al. (2021), with as few steps as you like.
 
-    As in diffusers, a step goes `num_train_timesteps // n` down for every spacing. With
-    `linspace` and `trailing` that can miss the next timestep visited; the noise level
-    is then slightly wrong, and we give the same result on purpose.
+    As in diffusers, a step goes `num_train_timesteps // n` down. With `linspace` and
+    `trailing` that can miss the next timestep, and the noise is then slightly wrong.
     """
 
     defaults = Scheduler.defaults | dict(
-        rescale_betas_zero_snr=False, clip_sample=True, clip_sample_range=1.0,
-        set_alpha_to_one=True,
+        clip_sample=True, clip_sample_range=1.0, set_alpha_to_one=True
     )
 
     def previous_timestep(self, t: int) -> int:
@@ -451,13 +392,9 @@ class DDIMScheduler(Scheduler):
         return t - self.num_train_timesteps // self.num_inference_steps
 
     def step(
-        self, model_output: Sample, t: Timestep, sample: Sample,
-        generator: Generators = None, eta: int | float = 0.0,
+        self, model_output: Sample, t: Timestep, sample: Sample, generator=None, eta=0.0
     ) -> Sample:
-        """x at the previous timestep.
-
-        `eta`: fresh noise, from 0 (the start decides the end) to 1 (as much as DDPM).
-        """
+        """x at the previous timestep; `eta` of 0 to 1 (DDPM) is the fresh noise."""
         t = self.check_timestep(t)
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta}: expected 0 (deterministic) to 1 (DDPM)")
@@ -476,9 +413,8 @@ def scheduler_class(name: str) -> type[Scheduler]:
     for short, kind in SCHEDULERS.items():
         if name in (short, kind.__name__):
             return kind
-    raise ValueError(
-        f"no scheduler is called {name!r}; there are {', '.join(SCHEDULERS)}"
-    )
+    known = ", ".join(SCHEDULERS)
+    raise ValueError(f"no scheduler is called {name!r}; there are {known}")
 
 
 def make_scheduler(name: str, **config) -> Scheduler:
@@ -491,23 +427,15 @@ def change_scheduler(scheduler: Scheduler, name: str) -> Scheduler:
     return scheduler_class(name).from_options(scheduler.options, foreign=True)
 
 
-# Options of diffusers that do nothing without others that we refuse.
-WITHOUT_EFFECT = {"dynamic_thresholding_ratio", "sample_max_value", "euler_at_final"}
-WITHOUT_EFFECT |= {"flow_shift", "time_shift_type"}
-
-
 def karras_sigmas(largest: float, smallest: float, n: int) -> np.ndarray:
     """n values of σ, evenly spaced in σ^(1/7). Karras et al. (2022), equation 5."""
     roots = np.linspace(largest ** (1 / 7), smallest ** (1 / 7), n)
     return roots**7
 
 
+# In the functions of σ, x is x0 + σ * noise, unless they say that it has variance 1.
 def euler_step(x: Sample, x0: Sample, sigma: Level, following: Level) -> Sample:
-    """Follow the slope dx/dσ = (x - x0) / σ straight to the next σ.
-
-    x is x0 + sigma * noise. The step of DDIM (Song et al., 2021, section 4.3) and of
-    Karras et al. (2022), algorithm 1.
-    """
+    """Straight along dx/dσ = (x - x0) / σ (Karras et al., 2022, algorithm 1)."""
     slope = (x - x0) / sigma
     return x + (following - sigma) * slope
 
@@ -518,8 +446,7 @@ def heun_step(
 ) -> Sample:
     """Euler's step from x again, with the mean of the slopes at both its ends.
 
-    `arrived` is where Euler's step led, x0 the guess there. Karras et al. (2022),
-    algorithm 1, lines 7 and 8.
+    `arrived` is where it led, and x0 the guess there (algorithm 1, lines 7 and 8).
     """
     slope_there = (arrived - x0) / following
     return x + (following - sigma) * (slope + slope_there) / 2
@@ -585,7 +512,7 @@ def log_snr(sigma: Floats) -> Floats:
 def dpmpp_2m_step(x: Sample, sigmas: Levels, x0s: Samples, following: Level) -> Sample:
     """DPM-Solver++(2M): x0 goes on as it went, and the rest is solved exactly.
 
-    x has variance 1. `sigmas` and `x0s` are this step's and the last one's. With one of
+    x has variance 1. `sigmas` and `x0s` are the last step's and this one's. With one of
     each, or to σ = 0, it is DDIM. Lu et al. (2022b), algorithm 2.
     """
     signal, spread = unit_shares(following)
@@ -624,44 +551,21 @@ def unic_step(
 def euler_ancestral_step(
     x: Sample, x0: Sample, sigma: Level, following: Level, noise: Sample
 ) -> Sample:
-    """Down farther than the next σ, and up to it with fresh noise.
-
-    The posterior of DDPM (Ho et al., 2020, equation 7) for x = x0 + sigma * noise.
-    """
+    """Down farther than the next σ, and up with fresh noise: DDPM's posterior."""
     ratio = following / sigma
     down, up = following * ratio, following * (1 - ratio**2).sqrt()
     return euler_step(x, x0, sigma, down) + up * noise
 
 
-def predicted_x0(
-    prediction_type: str, output: Sample, x: Sample, signal: Level, spread: Level
-) -> Sample:
-    """x0 from what the network answered at x = signal * x0 + spread * noise.
-
-    x may have any scale, but the network sees it at variance 1, and `v_prediction`
-    means the velocity there.
-    """
-    if prediction_type == "sample":
-        return output
-    if prediction_type == "epsilon":
-        return (x - spread * output) / signal
-    size = (signal**2 + spread**2).sqrt()
-    return (signal * x / size - spread * output) / size
-
-
 class SigmaScheduler(Scheduler):
-    """A sampler down a table of σ. All find x0 alike, and each kind has its own step,
-    `advance(x, x0, i, generator)`: from x at sigmas[i] to x at sigmas[i + 1].
+    """A sampler down a table of σ, one for each of `timesteps`, and 0 at the end.
 
-    `sigmas` has one σ for each of `timesteps`, and 0 at the end. As in diffusers,
-    timesteps may be fractions, and 1000 leading steps with an offset begin at 1000.
+    Each kind has its `advance(x, x0, i, generator)`, from sigmas[i] to sigmas[i + 1].
+    As in diffusers, timesteps may be fractions, or 1000 (leading, with an offset).
     """
 
     defaults = Scheduler.defaults | dict(
         timestep_spacing="linspace", use_karras_sigmas=False
-    )
-    accepts = Scheduler.accepts | dict(
-        use_exponential_sigmas=(False, None), use_beta_sigmas=(False, None)
     )
     # Whether x has variance 1, as the network sees it, or is x0 + σ * noise. With
     # variance 1 timesteps are whole, and the n noisiest of n + 1.
@@ -669,7 +573,7 @@ class SigmaScheduler(Scheduler):
 
     def __init__(self, **options):
         super().__init__(**options)
-        if getattr(self.config, "rescale_betas_zero_snr", False):
+        if self.config.rescale_betas_zero_snr:
             self.alphas_cumprod[-1] = 2**-24  # σ = 4096 and not ∞, as in diffusers
         sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
         self.training_sigmas = sigmas.numpy()
@@ -702,9 +606,8 @@ class SigmaScheduler(Scheduler):
         """The spread of the x that a run starts from: σ or, if leading, √(σ²+1)."""
         if self.variance_one:
             return 1.0
-        largest = self.sigmas.max()
         leading = self.config.timestep_spacing == "leading"
-        return ((largest**2 + 1).sqrt() if leading else largest).item()
+        return (self.sigmas.max() ** 2 + leading).sqrt().item()
 
     def shares(self, sigma: Floats) -> tuple[Floats, Floats]:
         """How much x0 and how much noise there is in x."""
@@ -727,15 +630,15 @@ class SigmaScheduler(Scheduler):
         return signal * x0 + spread * noise
 
     def step(
-        self, model_output: Sample, t: Timestep, sample: Sample,
-        generator: Generators = None,
+        self, model_output: Sample, t: Timestep, sample: Sample, generator=None
     ) -> Sample:
         """x at the next σ. ValueError for a t out of order."""
         i = self.place(t)
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
         signal, spread = self.shares(self.sigmas[i])
-        kind = self.config.prediction_type
-        x0 = predicted_x0(kind, model_output.to(x.dtype), x, signal, spread)
+        size = (signal**2 + spread**2).sqrt()
+        kind, output = self.config.prediction_type, model_output.to(x.dtype)
+        x0, _ = split_output(kind, output, x, signal, spread, size)
         x = self.advance(x, self.clip(x0), i, generator)
         self.position = i + 1
         return x.to(sample.dtype)
@@ -750,12 +653,6 @@ class SigmaScheduler(Scheduler):
 class EulerDiscreteScheduler(SigmaScheduler):
     """Euler's method in σ (Karras et al., 2022). The name for it is `euler`."""
 
-    defaults = SigmaScheduler.defaults | dict(rescale_betas_zero_snr=False)
-    accepts = SigmaScheduler.accepts | dict(
-        interpolation_type=("linear",), timestep_type=("discrete",),
-        final_sigmas_type=("zero",), sigma_min=(None,), sigma_max=(None,),
-    )
-
     def advance(self, x: Sample, x0: Sample, i: int, generator: Generators) -> Sample:
         return euler_step(x, x0, *self.sigmas[i : i + 2])
 
@@ -763,10 +660,7 @@ class EulerDiscreteScheduler(SigmaScheduler):
 class EulerAncestralDiscreteScheduler(SigmaScheduler):
     """Euler's method with fresh noise in every step. The name for it is `euler_a`."""
 
-    defaults = Scheduler.defaults | dict(
-        timestep_spacing="linspace", rescale_betas_zero_snr=False
-    )
-    accepts = Scheduler.accepts
+    defaults = Scheduler.defaults | dict(timestep_spacing="linspace")
 
     def advance(self, x: Sample, x0: Sample, i: int, generator: Generators) -> Sample:
         noise = noise_like(x, generator)
@@ -774,13 +668,7 @@ class EulerAncestralDiscreteScheduler(SigmaScheduler):
 
 
 class LMSDiscreteScheduler(SigmaScheduler):
-    """Linear multistep in σ: one call of the network for each step.
-
-    Of order 4 once four slopes are known. A run that skips steps begins with Euler's,
-    like any other (diffusers' as if it had history, and steps up to twice too far).
-    """
-
-    accepts = SigmaScheduler.accepts | dict(rescale_betas_zero_snr=(False,))
+    """Linear multistep in σ: one call for each step, order 4 once it has history."""
 
     def advance(self, x: Sample, x0: Sample, i: int, generator: Generators) -> Sample:
         self.remember(self.sigmas[i], (x - x0) / self.sigmas[i], 4)
@@ -788,24 +676,17 @@ class LMSDiscreteScheduler(SigmaScheduler):
 
 
 class HeunDiscreteScheduler(SigmaScheduler):
-    """Heun's method in σ (Karras et al., 2022): n steps ask the network 2n - 1 times.
-
-    All timesteps but the first come twice: as the end of a step, and as the beginning.
-    """
+    """Heun's method in σ (Karras et al., 2022): 2n - 1 calls for n steps."""
 
     defaults = SigmaScheduler.defaults | dict(
         beta_start=0.00085, beta_end=0.012, clip_sample=False, clip_sample_range=1.0
     )
-    accepts = LMSDiscreteScheduler.accepts
+    calls = 2
 
     def set_timesteps(self, num_inference_steps: int) -> None:
         super().set_timesteps(num_inference_steps)
         self.timesteps = self.timesteps.repeat_interleave(2)[1:]
         self.sigmas = self.sigmas.repeat_interleave(2)[1:-1]
-
-    def skip(self, steps: int) -> None:
-        super().skip(steps)
-        self.timesteps, self.sigmas = self.timesteps[steps:], self.sigmas[steps:]
 
     def advance(self, x: Sample, x0: Sample, i: int, generator: Generators) -> Sample:
         if i % 2 == 0:
@@ -817,13 +698,6 @@ class HeunDiscreteScheduler(SigmaScheduler):
 class DPMSolverMultistepScheduler(SigmaScheduler):
     """DPM-Solver++(2M) of Lu et al. (2022b): order 2, one call for each step."""
 
-    defaults = EulerDiscreteScheduler.defaults
-    accepts = SigmaScheduler.accepts | dict(
-        solver_order=(2,), final_sigmas_type=("zero",), use_flow_sigmas=(False,),
-        use_dynamic_shifting=(False,), use_lu_lambdas=(False,),
-        lambda_min_clipped=(-math.inf,), algorithm_type=("dpmsolver++", "deis"),
-        solver_type=("midpoint", "bh1", "bh2", "logrho"),  # all taken as the first
-    )
     variance_one = True
 
     def rounded(self, timesteps: np.ndarray) -> np.ndarray:
@@ -838,14 +712,6 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
 class UniPCMultistepScheduler(SigmaScheduler):
     """UniPC of Zhao et al. (2023): first correct where we are, then go on (order 3)."""
 
-    defaults = EulerDiscreteScheduler.defaults
-    accepts = SigmaScheduler.accepts | dict(
-        solver_order=(2,), final_sigmas_type=("zero",), use_flow_sigmas=(False,),
-        use_dynamic_shifting=(False,), predict_x0=(True,), lower_order_final=(True,),
-        disable_corrector=([],), solver_p=(None,), shift_terminal=(None,),
-        sigma_min=(None,), sigma_max=(None,),
-        solver_type=("bh2", "midpoint", "heun", "logrho"),  # all taken as the first
-    )
     variance_one = True
 
     def advance(self, x: Sample, x0: Sample, i: int, generator: Generators) -> Sample:
@@ -859,38 +725,25 @@ class UniPCMultistepScheduler(SigmaScheduler):
 class PNDMScheduler(Scheduler):
     """Pseudo numerical methods of Liu et al. (2022): Adams and Bashforth on the noise.
 
-    The first three steps are Runge and Kutta's, four calls each; or, with
-    `skip_prk_steps`, of lower order, the first of them made twice. As in diffusers, a
-    step from t leads to `t - num_train_timesteps // n`, and outputs are averaged before
-    `v_prediction` is turned into noise. Where diffusers fails (n = 1000 with an offset,
-    n below 4 with Runge and Kutta, `prediction_type="sample"`), we do not.
-
-    For runs that skip steps others suit better: with `skip_prk_steps` the second call
-    is then no repetition (as in diffusers), and x stays one step noisier than told.
+    As in diffusers, a step from t leads to `t - num_train_timesteps // n`, and outputs
+    are averaged before a velocity becomes noise. Where diffusers fails (n = 1000 with
+    an offset, n below 4 with Runge and Kutta, `prediction_type="sample"`), we do not.
+    A run that skips steps stays, with `skip_prk_steps`, one step noisier than told.
     """
 
     defaults = Scheduler.defaults | dict(skip_prk_steps=False, set_alpha_to_one=False)
-    accepts = Scheduler.accepts | dict(rescale_betas_zero_snr=(False,))
+    choices = Scheduler.choices | dict(rescale_betas_zero_snr=(False,))
 
     def set_timesteps(self, num_inference_steps: int) -> None:
         super().set_timesteps(num_inference_steps)
-        if self.config.skip_prk_steps:  # the first step will be made twice
-            self.timesteps = torch.cat([self.timesteps[:2], self.timesteps[1:]])
-        self.chosen = self.timesteps
-        self.plan()
+        twice = self.config.skip_prk_steps  # then the first step is made twice
+        self.chosen = torch.cat([self.timesteps[: 1 + twice], self.timesteps[1:]])
+        self.skip(0)
 
     def skip(self, steps: int) -> None:
-        self.timesteps = self.chosen
+        self.timesteps, self.position = self.chosen, 0
         super().skip(steps)
         self.plan()
-
-    def find(self, t: Timestep) -> int:
-        if float(t) != self.timesteps[0]:
-            raise ValueError(
-                f"timestep {float(t):g} cannot be the first: PNDM's warm-up begins at "
-                f"{self.timesteps[0]}; call set_timesteps(n) and begin there"
-            )
-        return 0
 
     def plan(self) -> None:
         """The calls of a run, as rows of `moves`: asked at, moves from, moves to."""
@@ -909,8 +762,7 @@ class PNDMScheduler(Scheduler):
         self.timesteps = torch.tensor([asked for asked, _, _ in moves])
 
     def step(
-        self, model_output: Sample, t: Timestep, sample: Sample,
-        generator: Generators = None,
+        self, model_output: Sample, t: Timestep, sample: Sample, generator=None
     ) -> Sample:
         """x at the next of `timesteps`. ValueError for a t out of order."""
         i = self.place(t)

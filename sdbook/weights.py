@@ -7,6 +7,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+
+# Names that once stood here, for whoever imports them from here.
+from importlib import import_module
 from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any, ClassVar, get_args, get_origin
@@ -27,12 +30,14 @@ from .files import (
     save_weights,
     saving_together,
     some,
+    write_atomically,  # noqa: F401
     write_json,
 )
 
 __all__ = [
     "load_strictly", "CLUES", "WIDTHS", "family", "LIMITS", "is_of_type", "about",
     "Config", "Pretrained", "Undrawn", "build_empty", "fill", "refuse_options",
+    "MOVED", "is_for_training",
 ]
 
 
@@ -325,3 +330,18 @@ def refuse_options(source: str | os.PathLike, kind: str, **options) -> None:
         raise ValueError(
             f"{', '.join(given)}: only for {kind}, which {source} is not; leave it out"
         )
+
+
+MOVED = {"NAMINGS", "averaged_name", "rename_all", "renamed_keys", "to_original"}
+
+
+def __getattr__(name: str):
+    """Those of `sdbook.formats`, which stands above, when they are asked for."""
+    if name not in MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("sdbook.formats"), name)
+
+
+def is_for_training(key: str) -> bool:
+    """Whether no picture depends on this name of a single file."""
+    return bool(import_module("sdbook.formats").HARMLESS.match(key))

@@ -127,6 +127,8 @@ def load_checkpoint(path: Path, stateful: dict) -> int:
     # An average or a scaler begun only now has no state there.
     state = {"ema": state["model"], **state}
     for name in {"model", "ema"} & set(stateful):
+        former = getattr(stateful[name], "former_state", ())
+        state[name] = {k: t for k, t in state[name].items() if k not in former}
         compare(path, state[name], stateful[name].state_dict())
     state["optimiser"] = moved_by(path, state["optimiser"], stateful["optimiser"])
     for name in [name for name in stateful if name in state]:
@@ -180,8 +182,8 @@ def compare(path: Path, theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> N
             raise ValueError(
                 f"{path} is of another model ({name} is {there} there and {here} "
                 "here); set the sizes (unet_preset, layers_per_block, rank and so on) "
-                "as they were, or choose another output_dir, or set resume to none to "
-                "start from zero"
+                "as they were, or go on with the version of sdbook that wrote it, or "
+                "choose another output_dir, or set resume to none to start from zero"
             )
 
 

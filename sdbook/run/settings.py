@@ -57,14 +57,12 @@ def facts_of(config_class: type, name: str) -> Mapping:
 
 
 def cleaned(value, kind) -> Any:
-    """A value as a settings class keeps it; an error if it is not of this kind.
+    """A value as a settings class keeps it; TypeError if it is not of this kind.
 
     Lists become tuples, paths texts, and NumPy's numbers Python's.
     """
     if get_origin(kind) is tuple and isinstance(value, list | tuple):
-        value = tuple(cleaned(one, get_args(kind)[0]) for one in value)
-        "".join(map(str, value)).encode()  # half of a surrogate pair is no text
-        return value
+        return tuple(cleaned(one, get_args(kind)[0]) for one in value)
     if kind is str and isinstance(value, str | os.PathLike):
         return os.fspath(value)
     if isinstance(value, bool) or kind is bool:
@@ -111,7 +109,7 @@ def check_setting(config, name: str) -> None:
     kind, choices, limits = demands(type(config), name)
     try:
         clean = cleaned(value, kind)
-    except (TypeError, OverflowError, UnicodeEncodeError):
+    except (TypeError, OverflowError):
         expected = say_demands(type(config), name)
         raise ValueError(f"{name} is {value!r}; give {expected}") from None
     if choices and clean not in choices:

@@ -50,7 +50,8 @@ class DiffusionLoss:
 
     def errors(self, unet, x0, noise, t, context) -> Float[Tensor, "b"]:
         """Mean squared error of the UNet's answer, for each latent."""
-        x = self.scheduler.add_noise(x0, noise, t)
+        signal, spread = self.scheduler.levels(t, x0, noise)
+        x = signal * x0 + spread * noise  # of variance 1, whatever sampler will draw
         answer = unet(x.contiguous(memory_format=torch.channels_last), t, context)
         target = self.scheduler.target(x0, noise, t)
         return (answer - target).square().mean((1, 2, 3))

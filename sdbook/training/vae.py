@@ -83,6 +83,8 @@ class VAELoss(nn.Module):
     divergence per number of a picture.
     """
 
+    former_state = ("batches",)  # what checkpoints of older versions have besides
+
     def __init__(
         self, vae: AutoencoderKL, l1_weight: float = 0.1, l2_weight: float = 1.0,
         kl_weight: float = 3e-4,

@@ -139,12 +139,12 @@ INK = """() => [...new Set([...document.querySelectorAll(
   e => getComputedStyle(e).color))]"""
 
 # Formulas have an ink of their own, and code is coloured alike everywhere: both have
-# tens of thousands of parts, and are left out, but for the code of one chapter.
-AXE = """async (options) => (await axe.run(
-  {include: [['body']], exclude: [['mjx-container'], ...options.leave]},
-  {resultTypes: ['violations'], ...options.rules})).violations.filter(
-  v => ['serious', 'critical'].includes(v.impact)).map(
-  v => [v.id, v.nodes.length, v.nodes[0].target.join(' ')])"""
+# tens of thousands of parts, and are emptied first, but for the code of one chapter.
+AXE = """async (options) => {
+  document.querySelectorAll(options.empty).forEach(e => e.replaceChildren());
+  return (await axe.run('body', {resultTypes: ['violations'], ...options.rules}
+    )).violations.filter(v => ['serious', 'critical'].includes(v.impact)).map(
+    v => [v.id, v.nodes.length, v.nodes[0].target.join(' ')])}"""
 # The dark has the colours of one style sheet, whatever a page says.
 ONE_OF_EACH_LOOK = {
     "index.html", "search.html", "chapters/02_resblocks.html", "pages/notation.html",
@@ -166,24 +166,29 @@ def facts(site, open_page):
         if 'class="math' in (site / path).read_text(encoding="utf-8"):
             page.wait_for_selector("mjx-container", state="attached")
         seen[path] = page.evaluate(FACTS)
-        page.evaluate(axe)
-        leave = [] if path == "chapters/02_resblocks.html" else [["div.highlight"]]
-        options = {"leave": leave, "rules": {}}
-        seen[path]["faults"] = page.evaluate(AXE, options)
         page.emulate_media(color_scheme="dark")
         page.wait_for_function("document.documentElement.dataset.theme == 'dark'")
         seen[path]["dark"] = page.evaluate(IN_THE_DARK)
         page.wait_for_timeout(300)  # colours fade over
         seen[path]["ink"] = page.evaluate(INK)
-        if path in ONE_OF_EACH_LOOK:  # the ink of the others is looked at below
-            options["rules"] = {"runOnly": ["color-contrast"]}
-            seen[path]["faults"] += page.evaluate(AXE, options)
         page.set_viewport_size({"width": 390, "height": 844})
         width = "document.documentElement.scrollWidth"
         seen[path]["width on a phone"] = page.evaluate(width)
         seen[path]["cut off"] = page.evaluate(CUT_OFF)
         page.mouse.wheel(0, 100_000)
         page.wait_for_timeout(200)
+        page.set_viewport_size({"width": 1280, "height": 900})
+        page.evaluate(axe)
+        code = "" if path == "chapters/02_resblocks.html" else ", div.highlight"
+        options = {"empty": f"mjx-container{code}", "rules": {}}
+        if path in ONE_OF_EACH_LOOK:  # the ink of the others is looked at below
+            options["rules"] = {"runOnly": ["color-contrast"]}
+            seen[path]["faults"] = page.evaluate(AXE, options)
+            options["rules"] = {}
+        page.emulate_media(color_scheme="light")
+        page.wait_for_function("document.documentElement.dataset.theme == 'light'")
+        page.wait_for_timeout(300)
+        seen[path].setdefault("faults", []).extend(page.evaluate(AXE, options))
         seen[path]["asked"] = page.asked
         page.close()
     return seen

@@ -77,8 +77,10 @@ FLOORS = {
     "data": 2.9,  # hands on the names of scenes and images
     "scenes": 2.5,
     "images": 2.3,
-    "folders": 2,
+    "scheduler_files": 2.4,
     "schedulers": 2.3,
+    "scheduler_options": 2.2,
+    "folders": 2,
     "formats": 2.3,
     "weights": 2,
     "files": 1,

@@ -34,7 +34,7 @@ from sdbook.finetuning import (
 )
 from sdbook.run.curves import find_curves, read_log
 from sdbook.run.next_steps import next_command
-from sdbook.run.sampling import open_picture
+from sdbook.run.sampling import open_picture, write_png
 from sdbook.run.settings import check_settings
 from sdbook.training import (
     CLIPTrainingConfig,
@@ -128,15 +128,20 @@ def test_every_command_has_help(command, capsys):
 
 @pytest.mark.slow
 def test_in_a_process_of_its_own(model, tmp_path):
+    """And what it imports: PyTorch and the tokenizer's library, and nothing heavy."""
     path = tmp_path / "fish.png"
-    command = [sys.executable, "-m", "sdbook", "sample", "--prompt", "two blue fish"]
-    command += ["--checkpoint_path", str(model), "--num_inference_steps", "1"]
-    done = subprocess.run(
-        [*command, "--output_path", str(path)], capture_output=True, text=True
-    )
+    command = [sys.executable, "-X", "importtime", "-m", "sdbook", "sample"]
+    command += ["--prompt", "two blue fish", "--checkpoint_path", str(model)]
+    command += ["--num_inference_steps", "1", "--output_path", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"wrote {path}" in done.stdout
     assert Image.open(path).size == (64, 64)
+    lines = done.stderr.splitlines()
+    imported = {line.rpartition("|")[2].strip() for line in lines if "|" in line}
+    heavy = "accelerate diffusers matplotlib scipy torchvision webdataset datasets "
+    heavy += "pandas IPython torch._dynamo torch._inductor sympy sdbook.training"
+    assert "torch" in imported and not set(heavy.split()) & imported
 
 
 # ---- pictures that can be made again ----
@@ -591,10 +596,10 @@ def test_a_truncated_checkpoint(copy, capsys):
 
 
 def test_an_incomplete_checkpoint(copy, capsys):
-    shutil.rmtree(copy / "text_encoder")
-    assert str(copy / "text_encoder") in refused(capsys, bad_sample(copy))
     (copy / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     assert str(copy / "vae") in refused(capsys, bad_sample(copy))
+    shutil.rmtree(copy / "text_encoder")
+    assert str(copy / "text_encoder") in refused(capsys, bad_sample(copy))
 
 
 def test_a_foreign_checkpoint(copy, capsys, tmp_path):
@@ -611,7 +616,8 @@ def test_a_checkpoint_of_other_shapes(copy, capsys):
     file = copy / "unet" / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"cross_attention_dim": 24}))
-    assert "config.json" in refused(capsys, bad_sample(copy))
+    said = refused(capsys, bad_sample(copy))
+    assert str(copy) in said and "cross_attention_dim" in said
 
 
 def test_training_without_its_frozen_parts(capsys, tmp_path):
@@ -707,7 +713,8 @@ for command, (_, place, _) in COMMANDS.items():
     command_line.make_parser = lambda *given: parser  # 200 times the same
     asked = {"sample": "prompt: a", "plot": "runs: a"}.get(command, "seed: 3")
     for one in fields(config_class):
-        for other in ("", asked):  # alone, and among others
+        alone = [""] if command in ("sample", "train") else []
+        for other in (*alone, asked):
             if other.startswith(one.name):
                 continue
             with open(path, "w") as file:
@@ -733,7 +740,7 @@ def test_a_blank_value_in_a_file_is_named(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     expected = sum(len(fields(config_class)) for config_class in EVERY.values())
-    assert int(done.stdout) > 1.9 * expected
+    assert int(done.stdout) > expected
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -786,7 +793,6 @@ def test_values_are_kept_as_their_kind():
         ("train", {"beta_schedule": "squaredcos"}),
         ("train", {"prediction_type": "noise"}),
         ("train", {"seed": 2**64}),
-        ("sample", {"prompt": ("a \udcff star",)}),
         ("train", {"output_dir": "models", "pretrained": "./models"}),
         ("train-lora", {"output_dir": "models", "pretrained": "models"}),
         ("evaluate", {"num_prompts": 0}),
@@ -823,15 +829,6 @@ for command in {list(COMMANDS)}:
         assert error.code == 2
 """
     assert not {"torch", "numpy", "PIL", "transformers"} & modules_after(code)
-
-
-def test_what_sampling_imports(model, tmp_path):
-    flags = ["sample", "--prompt", "a star", "--checkpoint_path", str(model)]
-    flags += ["--num_inference_steps", "1", "--device", "cpu"]
-    code = f"from sdbook.__main__ import main; main({flags})"
-    heavy = "accelerate diffusers matplotlib scipy torchvision webdataset IPython "
-    heavy += "pandas torch._dynamo torch._inductor sympy sdbook.training"
-    assert not set(heavy.split()) & modules_after(code, tmp_path)
 
 
 # ---- did you mean ----
@@ -931,9 +928,10 @@ def test_no_picture_is_written_over_what_it_starts_from(model, tmp_path, capsys,
     assert own.read_bytes() == before
 
 
-def test_a_full_disk_leaves_what_was_there(draw, capsys, monkeypatch, tmp_path):
-    path = draw()
-    before, save = path.read_bytes(), Image.Image.save
+def test_a_full_disk_leaves_what_was_there(monkeypatch, tmp_path):
+    path, facts = tmp_path / "out.png", {"checkpoint_path": "scenes"}
+    write_png(Image.new("RGB", (8, 8)), path, facts)
+    before = path.read_bytes()
 
     def full(image, file, *given, **options):
         Path(file).write_bytes(b"half a picture")
@@ -941,13 +939,10 @@ def test_a_full_disk_leaves_what_was_there(draw, capsys, monkeypatch, tmp_path):
 
     monkeypatch.setattr(Image.Image, "save", full)
     for name in ("out.png", "new.png"):
-        with pytest.raises(SystemExit):
-            draw(name=name)
-        said = capsys.readouterr().err
-        assert name in said and "No space left" in said and "Traceback" not in said
-    monkeypatch.setattr(Image.Image, "save", save)
+        with pytest.raises(OSError, match=f"{name} could not be written .No space"):
+            write_png(Image.new("RGB", (8, 8)), tmp_path / name, facts)
     assert path.read_bytes() == before
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["out.png"]
+    assert [file.name for file in tmp_path.iterdir()] == ["out.png"]
 
 
 # ---- plot ----

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 import warnings
 
 import diffusers
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdbook.pipeline import StableDiffusion
+from sdbook.scheduler_files import REPLACED, load_scheduler
 from sdbook.schedulers import (
     SCHEDULERS,
     DDIMScheduler,
@@ -25,6 +27,7 @@ from sdbook.schedulers import (
     noise_like,
     unit_shares,
 )
+from sdbook.training import DiffusionLoss
 
 SD = dict(
     beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
@@ -133,7 +136,7 @@ def test_own_defaults_equal_diffusers(name, prediction):
     """No option but one: each class has betas and spacings of its own."""
     ours, theirs = SCHEDULERS[name]().config, upstream(name).config
     for key, value in vars(ours).items():
-        assert theirs[key] == value, key
+        assert theirs.get(key, False) == value, key  # theirs may lack zero SNR
     for n in (5, 20):
         assert_equal_to_diffusers(name, n, prediction_type=prediction)
     if name in KARRAS:
@@ -492,7 +495,6 @@ def test_stable_diffusion_s_own_file(tmp_path):
         ("dpmpp_2m", {"final_sigmas_type": "sigma_min"}),
         ("unipc", {"solver_type": "bh1"}),
         ("unipc", {"predict_x0": False}),
-        ("lms", {"rescale_betas_zero_snr": True}),
         ("pndm", {"rescale_betas_zero_snr": True}),
         ("euler", {"trained_betas": [0.1]}),
     ],
@@ -504,6 +506,84 @@ def test_a_file_that_asks_for_more_is_refused_by_name(tmp_path, name, option):
     with pytest.raises(ValueError, match=f"{key}=.* is not implemented") as error:
         Scheduler.from_pretrained(tmp_path)
     assert "scheduler_config.json" in str(error.value)
+
+
+def test_what_a_file_says_beside_is_not_lost_when_it_is_saved(tmp_path):
+    """DDIM's options outlast a file of Euler's, which has no use for them."""
+    options = dict(SD, set_alpha_to_one=False, clip_sample=False)
+    euler = change_scheduler(DDIMScheduler(**options), "euler")
+    euler.save_pretrained(tmp_path)
+    again = change_scheduler(Scheduler.from_pretrained(tmp_path), "ddim").config
+    assert not again.clip_sample and not again.set_alpha_to_one
+
+
+def test_ddpm_takes_another_s_empty_variance(tmp_path):
+    """DPM-Solver++ writes `variance_type: null`; diffusers' DDPM takes it, too."""
+    upstream("dpmpp_2m", **SD, variance_type=None).save_pretrained(tmp_path)
+    ours = change_scheduler(Scheduler.from_pretrained(tmp_path), "ddpm")
+    theirs = diffusers.DDPMScheduler.from_pretrained(tmp_path)
+    assert ours.config.variance_type is theirs.config.variance_type is None
+
+
+# ---- models whose sampler we lack ----
+
+
+def model_with(folder, index, **config):
+    """A model's folder without its networks: its index and its scheduler's file."""
+    pair = {"scheduler": ["diffusers", index]}
+    (folder / "model_index.json").write_text(json.dumps(pair))
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    return folder / "scheduler"
+
+
+LACKED = [
+    ("LCMScheduler", dict(SD, original_inference_steps=50, timestep_scaling=10.0)),
+    ("TCDScheduler", SD),
+    ("EDMEulerScheduler", dict(sigma_min=0.002, sigma_max=80.0)),
+    ("FlowMatchEulerDiscreteScheduler", dict(shift=3.0)),
+    ("DPMSolverMultistepScheduler", dict(SD, algorithm_type="sde-dpmsolver++")),
+    ("DPMSolverMultistepScheduler", dict(SD, solver_order=3)),
+    ("DPMSolverMultistepScheduler", dict(SD, final_sigmas_type="sigma_min")),
+    ("DDPMScheduler", dict(SD, variance_type="learned")),
+    ("EulerDiscreteScheduler", dict(SD, use_beta_sigmas=True)),
+    ("DDIMScheduler", dict(SD, thresholding=True)),
+]
+
+
+@pytest.mark.parametrize("name, options", LACKED)
+def test_a_sampler_that_we_lack_hinders_nothing_but_drawing(name, options, tmp_path):
+    scheduler = load_scheduler(model_with(tmp_path, name, _class_name=name, **options))
+    with pytest.raises(ValueError, match=f"{name}.*--scheduler ddim") as error:
+        scheduler.set_timesteps(4)
+    assert "scheduler_config.json" in str(error.value)
+    euler = change_scheduler(scheduler, "euler")
+    euler.set_timesteps(4)
+    assert euler.config.beta_end == options.get("beta_end", 0.02)
+
+    x, t = torch.ones(2, 3), torch.tensor([7, 700])
+    if "beta_end" in options:  # to train with
+        assert torch.equal(scheduler.snr(t), make_scheduler("ddim", **SD).snr(t))
+        assert torch.equal(scheduler.target(x, x + 1, t), x + 1)
+    else:
+        with pytest.raises(ValueError, match=name):
+            scheduler.snr(t)
+    scheduler.save_pretrained(tmp_path / "again")  # as it came
+    saved = json.loads((tmp_path / "again" / "scheduler_config.json").read_text())
+    assert saved.items() >= {"_class_name": name, **options}.items()
+
+
+@pytest.mark.parametrize("name", sorted(REPLACED))
+def test_a_sampler_that_ddim_can_replace_is_replaced_with_a_warning(name, tmp_path):
+    assert name in diffusers.schedulers.KarrasDiffusionSchedulers.__members__
+    with pytest.warns(UserWarning, match=f"{name}; using ddim"):
+        scheduler = load_scheduler(model_with(tmp_path, name, **SD, solver_order=3))
+    assert isinstance(scheduler, DDIMScheduler) and scheduler.config.steps_offset == 1
+
+
+def test_nonsense_in_a_scheduler_s_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="scheduler_config.json.*beta_start"):
+        load_scheduler(model_with(tmp_path, "LCMScheduler", **{**SD, "beta_start": 2}))
 
 
 # ---- in the pipeline ----
@@ -576,6 +656,77 @@ def test_the_saved_pipeline_draws_the_same(pipe, name, tmp_path):
                        pipe("two fish", **options).images)  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "index, written",
+    [
+        ("EulerDiscreteScheduler", {"_class_name": "DDIMScheduler"}),
+        ("DDIMScheduler", {"_class_name": "LCMScheduler", "timestep_scaling": 10.0}),
+        ("DDIMScheduler", {"clip_sample": True}),
+        ("DDPMScheduler", {"_class_name": "PNDMScheduler", "skip_prk_steps": True}),
+    ],
+)
+def test_the_index_names_the_sampler_as_in_diffusers(folder, tmp_path, index, written):
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    values = json.loads((model / "model_index.json").read_text())
+    values["scheduler"][1] = index
+    (model / "model_index.json").write_text(json.dumps(values))
+    options = json.dumps({**written, **SD, "num_train_timesteps": 1000})
+    (model / "scheduler" / "scheduler_config.json").write_text(options)
+    ours, theirs = (
+        kind.from_pretrained(model).scheduler
+        for kind in (StableDiffusion, diffusers.StableDiffusionPipeline)
+    )
+    assert type(ours).__name__ == type(theirs).__name__ == index
+    for name, value in vars(ours.config).items():
+        assert theirs.config[name] == value, name
+
+
+def test_a_model_whose_sampler_we_lack(pipe, tmp_path):
+    """It opens, says why it cannot draw, draws with another, and is saved as it was."""
+    pipe.save_pretrained(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "scheduler")
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    model_with(tmp_path / "model", "LCMScheduler", **SD, timestep_scaling=10.0)
+    index["scheduler"][1] = "LCMScheduler"
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
+    opened = StableDiffusion.from_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="LCMScheduler.*pipe.scheduler = 'ddim'"):
+        opened("a boat", num_inference_steps=2, progress=False)
+    opened.save_pretrained(tmp_path / "again")
+    for file in ("model_index.json", "scheduler/scheduler_config.json"):
+        assert "LCMScheduler" in (tmp_path / "again" / file).read_text()
+    opened.scheduler = "ddim"
+    assert opened.scheduler.config.beta_end == 0.012
+    opened("a boat", num_inference_steps=1, progress=False)
+
+
+def test_latents_are_not_clipped_for_the_model_did_not_say_so(pipe):
+    """A single file has Stable Diffusion's PNDM, which has no such option."""
+    pipe.scheduler = make_scheduler("pndm", **SD)
+    for name in ("ddim", "ddpm", "heun"):
+        pipe.scheduler = name
+        assert not pipe.scheduler.config.clip_sample
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_is_trained_alike_whatever_its_sampler(name):
+    """The UNet reads x of variance 1, on whatever scale the sampler walks."""
+    x0, noise = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    t, seen = torch.tensor([3, 500, 999]), []
+    for scheduler in (make_scheduler("ddim", **SD), make_scheduler(name, **SD)):
+        loss = DiffusionLoss(scheduler, 1.0, torch.zeros(2, 3), snr_gamma=5.0)
+        for steps in (None, 4):  # before and after pictures are drawn
+            if steps:
+                scheduler.set_timesteps(steps)
+            loss.errors(lambda x, t, _: seen.append(x) or x, x0, noise, t, None)
+        seen.append(loss.weights)
+    first, drawn, weights, *others = seen
+    assert first.std() == pytest.approx(1, abs=0.2)
+    for one, other in zip((first, drawn, weights), others):
+        torch.testing.assert_close(one, other)
+
+
 def test_eta_belongs_to_ddim(pipe):
     pipe.scheduler = "euler"
     with pytest.raises(ValueError, match="EulerDiscreteScheduler has no eta"):
@@ -592,7 +743,7 @@ def test_steps_before_set_timesteps_or_out_of_order(name):
         scheduler.step(x, 999, x)
     scheduler.set_timesteps(5)
     t = scheduler.timesteps.tolist()
-    first = "is not one of the|cannot be the first"
+    first = "is not one of the|out of order: step 1 of"
     with pytest.raises(ValueError, match=f"timestep 7 {first}"):
         scheduler.step(x, 7, x)
     scheduler.step(x, t[0], x)
@@ -602,7 +753,7 @@ def test_steps_before_set_timesteps_or_out_of_order(name):
         scheduler.step(x, t[-1], x)
     for step in t[1:]:
         scheduler.step(x, step, x)
-    with pytest.raises(ValueError, match="after the last step .* call set_timesteps"):
+    with pytest.raises(ValueError, match="after the last step.* call set_timesteps"):
         scheduler.step(x, t[0], x)
 
 
@@ -621,7 +772,7 @@ def test_number_of_steps_outside_the_schedule(name, n):
         ("euler_a", {"use_karras_sigmas": True}, "no option 'use_karras_sigmas'"),
         ("heun", {"beta_end": 2.0}, "beta_end < 1"),
         ("pndm", {"prediction_type": "eps"}, "prediction_type='eps'.*epsilon, sample"),
-        ("lms", {"rescale_betas_zero_snr": True}, "no option 'rescale_betas_zero_snr'"),
+        ("pndm", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True is"),
     ],
 )
 def test_unknown_options_are_refused_by_name(name, config, message):
@@ -629,13 +780,27 @@ def test_unknown_options_are_refused_by_name(name, config, message):
         make_scheduler(name, **config)
 
 
-def test_a_schedule_without_an_end_is_not_dropped_on_the_way():
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "pndm"])
+def test_pure_noise_at_the_end_of_a_schedule_is_not_dropped_on_the_way(name):
+    """It is the model's. (diffusers' LMS and Heun forget it.)"""
     options = dict(SD, rescale_betas_zero_snr=True, prediction_type="v_prediction")
-    ddim = DDIMScheduler(**options)
-    assert change_scheduler(ddim, "euler").alphas_cumprod[-1] == 2**-24
-    message = "LMS.*rescale_betas_zero_snr=True is not implemented"
-    with pytest.raises(ValueError, match=message):
-        change_scheduler(ddim, "lms")
+    scheduler = change_scheduler(DDIMScheduler(**options), name)
+    assert scheduler.alphas_cumprod[-1] == 2**-24
+    scheduler.set_timesteps(10)
+    x0, x = torch.randn(2, 1, 6, generator=torch.Generator().manual_seed(0))
+    x = x * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:  # a network that knows the only picture
+        sigma = scheduler.sigmas[scheduler.place(t)]
+        signal, spread = unit_shares(sigma)
+        noise = (scheduler.scale_model_input(x, t) - signal * x0) / spread
+        x = scheduler.step(signal * noise - spread * x0, t, x)
+    assert relative(x, x0) < 1e-3
+
+
+def test_pndm_and_pure_noise():
+    options = dict(SD, rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    with pytest.raises(ValueError, match="PNDM.*zero_snr=True is not implemented"):
+        change_scheduler(DDIMScheduler(**options), "pndm")
 
 
 def test_noise_for_timesteps_that_are_not_there():

@@ -1,6 +1,7 @@
 """The schedulers against diffusers', and what they promise on their own."""
 
 import json
+import math
 import warnings
 
 import diffusers
@@ -259,7 +260,9 @@ def test_ddim_with_eta_equals_diffusers(eta, to_one, prediction):
     assert relative(ours, theirs) < 1e-5
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize(
+    "variance", ["fixed_small", "fixed_large", "fixed_small_log", None]
+)
 def test_ddpm_variances_equal_diffusers(variance):
     ours, theirs = trajectories("ddpm", 12, **SD, variance_type=variance)
     assert relative(ours, theirs) < 1e-5
@@ -434,6 +437,7 @@ def test_a_file_that_asks_for_more_is_refused_by_name(tmp_path, option, message)
         ({"steps_offset": -1}, "steps_offset=-1: expected"),
         ({"beta_start": 0.0}, "expected 0 < beta_start"),
         ({"beta_end": 1.0}, "beta_end < 1"),
+        ({"beta_start": "0.1"}, "expected 0 < beta_start"),
     ],
 )
 def test_unknown_options_are_refused_by_name(config, message):
@@ -451,10 +455,10 @@ def test_unknown_beta_schedule_in_make_betas():
         make_betas("x", 10, 0.1, 0.2)
 
 
-@pytest.mark.parametrize("n", [0, -1, 1001])
+@pytest.mark.parametrize("n", [0, -1, 1001, "3", 1.5, 3.0, math.nan, None])
 def test_number_of_steps_outside_the_schedule(n):
     with pytest.raises(
-        ValueError, match=f"num_inference_steps={n}: expected 1 to 1000"
+        ValueError, match=f"num_inference_steps={n!r}: expected 1 to 1000"
     ):
         make_scheduler("ddim").set_timesteps(n)
 
@@ -463,7 +467,7 @@ def test_number_of_steps_outside_the_schedule(n):
 def test_timestep_outside_the_schedule(t):
     scheduler, x = make_scheduler("ddpm"), torch.zeros(2, 3)
     with pytest.raises(
-        ValueError, match="outside the schedule, which runs from 0 to 99"
+        ValueError, match="outside the schedule, 0 to 999"
     ):
         scheduler.add_noise(x, x, t)
     if isinstance(t, int):

@@ -819,6 +819,22 @@ def test_a_certain_start_and_the_total_spread():
     assert latent_spread(vae, scenes) == pytest.approx(draws.std().item(), rel=0.01)
 
 
+def test_checkpoints_of_an_older_version_s_vae_go_on(frozen, tmp_path):
+    """Its loss counted batches, and could have a critic, which is no more."""
+    state, path = checkpoint_of(frozen / "vae"), tmp_path / "old.pt"
+    for name in ("model", "ema"):
+        state[name]["batches"] = torch.tensor(4)
+    torch.save(state, path)
+    loss = training.VAELoss(training.new_vae(VAETrainingConfig(**TOY_VAE)))
+    moving = {"optimiser": torch.optim.AdamW(loss.parameters()), "model": loss}
+    assert load_checkpoint(path, moving) == 4
+    assert same(dict(loss.state_dict()), dict(checkpoint_of(frozen / "vae")["model"]))
+    state["model"]["critic.0.weight"] = torch.zeros(3)
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="critic.*version of sdbook that wrote it"):
+        load_checkpoint(path, moving)
+
+
 @pytest.mark.slow
 def test_twins_differ_in_one_point_that_both_captions_say():
     twins, judge = Twins(Scenes(64, length=400)), Judge()

@@ -336,3 +336,17 @@ def test_an_option_that_is_off_may_be_unknown(value):
     assert UNetConfig.from_dict({"new_option": value}) == UNetConfig()
     with pytest.raises(WeightsError, match="new_option=.*unknown"):
         UNetConfig.from_dict({"new_option": 1})
+
+
+def test_names_are_found_where_they_once_stood():
+    from sdbook import evaluation, features, files, formats, weights
+
+    for name in weights.MOVED:
+        assert getattr(weights, name) is getattr(formats, name)
+    assert weights.write_atomically is files.write_atomically
+    assert weights.is_for_training("model_ema.decay")
+    assert not weights.is_for_training("model.diffusion_model.out.2.bias")
+    assert evaluation.OurCLIP is features.BookCLIP
+    assert evaluation.TheirCLIP is features.TransformersCLIP
+    with pytest.raises(AttributeError, match="weights.*nothing"):
+        _ = weights.nothing

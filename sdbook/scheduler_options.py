@@ -1,0 +1,75 @@
+"""Options of schedulers: which values they may have, and the file that keeps them.
+
+Written by hand. Chapters 7 and 10 teach what the options do.
+"""
+
+import math
+from pathlib import Path
+
+from .files import read_json
+
+__all__ = ["FIXED", "IGNORED", "check_options", "read_options"]
+
+_sigmas = dict(use_exponential_sigmas=(False, None), use_beta_sigmas=(False, None))
+_solver = _sigmas | dict(
+    thresholding=(False,), solver_order=(2,), final_sigmas_type=("zero",),
+    use_flow_sigmas=(False,), use_dynamic_shifting=(False,),
+)  # fmt: skip
+
+# What diffusers' classes can do and ours cannot: the only values of such an option.
+FIXED = {
+    "DDPMScheduler": dict(thresholding=(False,)),
+    "DDIMScheduler": dict(thresholding=(False,)),
+    "LMSDiscreteScheduler": _sigmas,
+    "HeunDiscreteScheduler": _sigmas,
+    "EulerDiscreteScheduler": _sigmas | dict(
+        interpolation_type=("linear",), timestep_type=("discrete",),
+        final_sigmas_type=("zero",), sigma_min=(None,), sigma_max=(None,),
+    ),
+    "DPMSolverMultistepScheduler": _solver | dict(
+        use_lu_lambdas=(False,), lambda_min_clipped=(-math.inf,),
+        algorithm_type=("dpmsolver++", "deis"),
+        solver_type=("midpoint", "bh1", "bh2", "logrho"),  # all taken as the first
+    ),
+    "UniPCMultistepScheduler": _solver | dict(
+        predict_x0=(True,), lower_order_final=(True,), disable_corrector=([],),
+        solver_p=(None,), shift_terminal=(None,), sigma_min=(None,), sigma_max=(None,),
+        solver_type=("bh2", "midpoint", "heun", "logrho"),  # all taken as the first
+    ),
+}  # fmt: skip
+# Options that do nothing without those.
+IGNORED = {"dynamic_thresholding_ratio", "sample_max_value", "euler_at_final"}
+IGNORED |= {"flow_shift", "time_shift_type"}
+
+
+def check_options(kind: type, options: dict) -> None:
+    """Hold options to the `defaults` and `choices` of a class of schedulers.
+
+    Raises ValueError for a name that the class has not, and for what cannot be meant.
+    """
+    allowed = kind.choices | FIXED.get(kind.__name__, {})
+    for name, value in options.items():
+        if name not in kind.defaults | allowed:
+            raise ValueError(
+                f"{kind.__name__} has no option {name!r}; "
+                f"its options are {', '.join(kind.defaults)}"
+            )
+        if value not in allowed.get(name, (value,)):
+            raise ValueError(
+                f"{kind.__name__}: {name}={value!r} is not implemented; "
+                f"choose from {', '.join(map(str, allowed[name]))}"
+            )
+    own = kind.defaults | options
+    for name, least in (("num_train_timesteps", 1), ("steps_offset", 0)):
+        if not isinstance(own[name], int) or own[name] < least:
+            raise ValueError(f"{name}={own[name]!r}: expected an integer ≥ {least}")
+    betas = own["beta_start"], own["beta_end"]
+    if {*map(type, betas)} - {int, float} or not 0 < betas[0] <= betas[1] < 1:
+        raise ValueError(f"betas {betas}: expected 0 < beta_start <= beta_end < 1")
+
+
+def read_options(path: Path) -> tuple[str, dict]:
+    """The class that a scheduler_config.json names, and its options."""
+    values = read_json(path)
+    options = {key: v for key, v in values.items() if not key.startswith("_")}
+    return str(values.get("_class_name")), options
