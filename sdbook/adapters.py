@@ -8,14 +8,12 @@ understood is an error that names the file.
 
 import json
 import math
-import numbers
 import re
 from collections import Counter
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from .counts import counted
@@ -23,11 +21,13 @@ from .files import (
     WeightsError,
     as_path,
     list_folder,
+    read_facts,
     read_json,
     read_weights,
     save_weights,
 )
 from .formats import UNET_RULES, rename
+from .kinds import cleaned
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks in a folder
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # and where PEFT does
@@ -96,15 +96,12 @@ def check_number(
 
     With `at_least`, for what is not a whole one, or beyond these limits.
     """
-    kind = numbers.Real if at_least is None else numbers.Integral
-    is_number = isinstance(value, kind) and not isinstance(value, bool)
     try:
-        is_number = is_number and math.isfinite(value)
-    except OverflowError:  # a whole number that no float can hold
-        is_number = False
-    if not is_number:
+        cleaned(value, float)
+        cleaned(value, float if at_least is None else int)
+    except (TypeError, OverflowError):  # the second: more than a float can hold
         what = "finite" if at_least is None else "whole"
-        raise ValueError(f"{name} is {value!r:.60}; give a {what} number")
+        raise ValueError(f"{name} is {value!r:.60}; give a {what} number") from None
     if at_least is not None and value < at_least:
         raise ValueError(f"{name} is {value!r:.60}; give at least {at_least}")
     if at_most is not None and value > at_most:
@@ -339,8 +336,7 @@ def read_settings(file: Path, tensors: dict[str, Tensor]) -> dict[str, dict]:
         by_part = dict.fromkeys(LORA_PARTS, read_json(where))
     elif file.suffix.lower() == ".safetensors":
         where = f"lora_adapter_metadata in {file}"
-        with safe_open(file, framework="pt") as opened:
-            text = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
+        text = read_facts(file).get("lora_adapter_metadata", "{}")
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:

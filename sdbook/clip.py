@@ -28,10 +28,10 @@ from .weights import Config, Pretrained
 __all__ = [
     "START", "END", "byte_symbols", "merges_of", "learn_merges", "write_vocabulary",
     "open_tokenizer", "write_older_files", "Tokenizer", "fit_to_length",
-    "expand_words", "warn_about_cut_words", "learn_vocabulary", "CLIPTextConfig",
-    "CLIPEmbeddings", "causal_mask", "CLIPAttention", "quick_gelu", "CLIPMLP",
-    "CLIPLayer", "CLIPEncoder", "CLIPTextModel", "ImageTower", "contrastive_loss",
-    "CLIP",
+    "expand_words", "check_text", "warn_about_cut_words", "learn_vocabulary",
+    "CLIPTextConfig", "CLIPEmbeddings", "causal_mask", "CLIPAttention", "quick_gelu",
+    "CLIPMLP", "CLIPLayer", "CLIPEncoder", "CLIPTextModel", "ImageTower",
+    "contrastive_loss", "CLIP",
 ]
 
 
@@ -149,6 +149,7 @@ class Tokenizer:
         for text in [texts] if isinstance(texts, str) else texts:
             if not isinstance(text, str):
                 raise TypeError(f"a prompt must be text, not {type(text).__name__}")
+            check_text(text)
             rows.append(fit_to_length(self.backend, text, self.max_length))
         return torch.tensor(rows, dtype=torch.int64).view(len(rows), self.max_length)
 
@@ -208,6 +209,16 @@ def expand_words(backend, ids: list[int]) -> list[int]:
             count += 1
             number = added.get(f"{word}_{count}") if word else None
     return expanded
+
+
+def check_text(text: str) -> None:
+    """Raise ValueError for a text with halves of characters, which no file can hold."""
+    halves = [letter for letter in text if "\ud800" <= letter <= "\udfff"]
+    if halves:
+        raise ValueError(
+            f"the text {text!r} holds {halves[0]!r}, half of a character, as of a file "
+            "or a terminal that is not UTF-8; write it again as UTF-8"
+        )
 
 
 def warn_about_cut_words(lost: str, room: int) -> None:
@@ -386,9 +397,10 @@ class CLIPEncoder(nn.Module):
         )
 
     def forward(
-        self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "n n"] | None = None
+        self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "n n"] | None = None,
+        skip: int = 0,
     ) -> Float[Tensor, "b n d"]:
-        for layer in self.layers:
+        for layer in self.layers[: len(self.layers) - skip]:
             x = layer(x, mask)
         return x
 
@@ -409,13 +421,16 @@ class CLIPTextModel(Pretrained, nn.Module):
             config.hidden_size, eps=config.layer_norm_eps
         )
 
-    def forward(self, ids: Int64[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+    def forward(
+        self, ids: Int64[Tensor, "b n"], skip: int = 0
+    ) -> Float[Tensor, "b n d"]:
         """Token ids to context vectors; each has seen the tokens up to its own.
 
-        Raises ValueError for more tokens than the model has positions.
+        The last `skip` layers are left out. Raises ValueError for more tokens than the
+        model has positions.
         """
         mask = causal_mask(ids.shape[1], ids.device)
-        x = self.encoder(self.embeddings(ids), mask)
+        x = self.encoder(self.embeddings(ids), mask, skip)
         return self.final_layer_norm(x)
 
     def config_file(self) -> dict[str, Any]:

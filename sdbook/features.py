@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .clip import CLIP, CLIPTextModel, Tokenizer
-from .files import as_path, read_weights, save_weights
+from .files import WeightsError, as_path, read_weights, save_weights
 from .formats import shipped_models
 from .images import to_pixels
 
@@ -43,16 +43,26 @@ class BookCLIP:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "BookCLIP":
-        """Open what `save_pretrained` wrote, or the output of `sdbook train-clip`."""
+        """Open what `save_pretrained` wrote, or the output of `sdbook train-clip`.
+
+        Raises FileNotFoundError, and WeightsError for parts that do not fit together.
+        """
         folder = Path(folder)
         text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
-        state = read_weights(folder / "clip.safetensors")
+        state = read_weights(path := folder / "clip.safetensors")
         state |= {f"text_encoder.{k}": t for k, t in text_encoder.state_dict().items()}
-        width = len(state["image_encoder.final_layer_norm.weight"])
-        cells = state["image_encoder.row.weight"].shape[1] // (width // 4)
-        size, wide = 8 * math.isqrt(cells), len(state["text_projection.weight"])
-        clip = CLIP(text_encoder, size, width, projection_dim=wide)
-        clip.load_state_dict(state)
+        try:
+            width = len(state["image_encoder.final_layer_norm.weight"])
+            cells = state["image_encoder.row.weight"].shape[1] // (width // 4)
+            size, wide = 8 * math.isqrt(cells), len(state["text_projection.weight"])
+            clip = CLIP(text_encoder, size, width, projection_dim=wide)
+            clip.load_state_dict(state)
+        except (KeyError, IndexError, ArithmeticError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise WeightsError(
+                f"{path} does not fit the text_encoder beside it ({reason:.200}); "
+                "copy all of what `sdbook train-clip` wrote"
+            ) from error
         return cls(clip, Tokenizer.from_pretrained(folder / "tokenizer"))
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None):

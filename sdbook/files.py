@@ -31,7 +31,7 @@ __all__ = [
     "check_sums", "STEMS", "KINDS", "VARIANTS", "weights_names", "find_weights",
     "find_shards", "other_copies", "Ignored", "STAND_INS", "ParameterDict",
     "read_pickle", "read_weights", "explain", "is_hub_id", "lacks_weights", "fetch",
-    "download",
+    "upload", "download",
 ]
 
 
@@ -118,7 +118,7 @@ def sort_facts(path: Path) -> None:
 def as_path(path, what: str) -> Path:
     """A path that somebody gave. Raises ValueError for an empty one, or none."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path).strip():
-        raise ValueError(f"the path of {what} is {path!r}; give a file or a folder")
+        raise ValueError(f"the path of {what} is {path!r:.80}; give a file or a folder")
     return Path(path)
 
 
@@ -476,6 +476,26 @@ def fetch(repository: str, revision: str | None, patterns: list[str]) -> Path:
             f"there is no local folder {repository!r} either. Check the id and the "
             "network, or download it elsewhere and give the folder"
         ) from error
+
+
+def upload(folder: str | Path, repository: str, private: bool | None = None) -> str:
+    """Put a folder's files into a Hugging Face repository; returns its address.
+
+    It is made if there is none. Raises OSError with the id and the way out.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        hub = HfApi()
+        made = hub.create_repo(repository, private=private, exist_ok=True)
+        hub.upload_folder(repo_id=made.repo_id, folder_path=folder)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(
+            f"could not write {repository!r} on the Hugging Face hub ({reason}). Check "
+            "the id (owner/model) and the network, and log in with `hf auth login`"
+        ) from error
+    return str(made)
 
 
 def download(

@@ -122,13 +122,20 @@ def _read_row(row: dict | str, columns: list[str]) -> tuple[str, str]:
     return name, next(filter(str.strip, said), "")
 
 
+def _is_of_a_run(folder: Path) -> bool:
+    """Is it the output_dir of a training, or the class pictures that one drew?"""
+    places = [folder, folder.parent] if folder.name == "class" else [folder]
+    return any((place / ".lock").is_file() for place in places)
+
+
 def find_files(
     folder: Path, kinds: set[str], leave_out: Collection[Path], problems: list[str]
 ) -> list[str]:
     """Names of files with such endings, in order; hidden ones are not meant for us.
 
-    Nor are the folders to `leave_out`, which is said. What cannot be read as a file,
-    or would lead out of the folder, becomes one of the `problems`.
+    Nor are the folders to `leave_out` and those of trainings, which is said. What
+    cannot be read as a file, or would lead out of the folder, becomes one of the
+    `problems`.
     """
     names, places, home = [], [""], folder.resolve()
     for inside in places:  # which grow as we go
@@ -143,7 +150,7 @@ def find_files(
                     names.append(name)
                 else:
                     problems.append(f"{file}: a link to nothing, or no file at all")
-            elif home / name in leave_out:
+            elif home / name in leave_out or _is_of_a_run(file):
                 warnings.warn(f"{file} is where runs write: left out", stacklevel=2)
             elif entry.is_symlink():
                 problems.append(f"{file}: a link to a folder; move that here")
@@ -289,6 +296,11 @@ def _is_hidden(folders: list[str]) -> bool:
     return any(part[:1] == "." and part not in (".", "..") for part in folders)
 
 
+def _tar_name(name: str) -> str:
+    """A name as `_one_form` has it, but for a "./" in front, which stays."""
+    return "./" * name.startswith("./") + _one_form(name)
+
+
 def index_shard(path: Path, problems: list[str]) -> dict[str, dict[str, tuple]]:
     """{key: {ending: (path, start, size)}} of the files in a .tar.
 
@@ -299,7 +311,7 @@ def index_shard(path: Path, problems: list[str]) -> dict[str, dict[str, tuple]]:
     try:
         with tarfile.open(path, "r:") as tar:
             for entry in filter(tarfile.TarInfo.isreg, tar):
-                *folders, file = entry.name.split("/")
+                *folders, file = _tar_name(entry.name).split("/")
                 stem, _, ending = file.partition(".")
                 if not stem or _is_hidden(folders):
                     continue
@@ -317,12 +329,22 @@ def index_shard(path: Path, problems: list[str]) -> dict[str, dict[str, tuple]]:
     return samples
 
 
-def _picture_and_caption(sample: dict[str, tuple]) -> tuple[str, str]:
-    """The endings of a sample's picture and caption; "" for what it has not."""
+def _pictures_and_captions(sample: dict[str, tuple]) -> tuple[dict[str, str], list]:
+    """{a picture's ending: its caption's} in a sample, and what pictures have none.
+
+    Of the pictures with the fewest dots, each has the caption of its own name, v1.jpg
+    has v1.txt; or else the first has txt. Those with more dots belong to them.
+    """
     kinds = [kind for kind in sample if f".{kind.split('.')[-1]}" in IMAGE_SUFFIXES]
-    kind = min(kinds, key=lambda kind: kind.count("."), default="")
-    own = ".".join([*kind.split(".")[:-1], "txt"])  # v1.jpg: v1.txt, or else txt
-    return kind, next((words for words in (own, "txt") if words in sample), "")
+    fewest = min((kind.count(".") for kind in kinds), default=0)
+    kinds, found = [kind for kind in kinds if kind.count(".") == fewest], {}
+    for kind in kinds:
+        own = ".".join([*kind.split(".")[:-1], "txt"])
+        if own in sample and own not in found.values():
+            found[kind] = own
+    if kinds and not found and "txt" in sample:
+        found = {kinds[0]: "txt"}
+    return found, [kind for kind in kinds if kind not in found]
 
 
 def find_in_shards(pattern: str) -> tuple[list[tuple[Packed, str]], list[str]]:
@@ -331,17 +353,24 @@ def find_in_shards(pattern: str) -> tuple[list[tuple[Packed, str]], list[str]]:
     missing = [str(shard) for shard in shards if not shard.is_file()]
     if missing:
         count = f"{len(missing)} of {len(shards)}"
-        raise FileNotFoundError(f"{count} shards are not there:{first_lines(missing)}")
+        raise FileNotFoundError(
+            f"{count} shards are not there; copy them there, or name the ones that "
+            f"are:{first_lines(missing)}"
+        )
     for shard in shards:
         for key, sample in index_shard(shard, found.problems).items():
-            name, (kind, words) = f"{shard.name}/{key}", _picture_and_caption(sample)
-            if kind and words:
-                picture = Packed(shard, key, _piece, sample[kind])
+            name, (pairs, more) = f"{shard.name}/{key}", _pictures_and_captions(sample)
+            has = ", ".join(sample)
+            for kind, words in pairs.items():
+                own = ".".join([key, *kind.split(".")[:-1]]) if len(pairs) > 1 else key
+                picture = Packed(shard, own, _piece, sample[kind])
                 found.add_text(picture, _piece(*sample[words]), f"{name}.{words}")
-            else:
-                lacks = "caption (.txt)" if kind else "picture"
-                has = ", ".join(sample)
+            if not pairs:
+                lacks = "caption (.txt)" if more else "picture"
                 found.problems.append(f"{name}: no {lacks}; it has {has}")
+            for kind in more if pairs else ():
+                wrong = f"no caption of its own; the sample has {has}"
+                found.problems.append(f"{name}.{kind}: {wrong}")
     return found.check(
         pattern, "; a sample is two files, such as 0001.png and 0001.txt, whose names "
         "agree up to the first dot",
@@ -383,7 +412,12 @@ def find_in_rows(path: str, image: str | None = None, words: str | None = None):
         ) from error
     found, holder = Found(), Path(rows.cache_files[0]["filename"])
     for number, said in enumerate(rows[words]):
-        said = said[0] if said and isinstance(said, list) else said
+        said = (said or [None])[0] if isinstance(said, list) else said
         file = Packed(holder, f"{number:08}", _row_bytes, (path, rows, number, image))
-        found.add(file, said or "", f"{path}: row {number}")
+        where = f"{path}: row {number}"
+        if isinstance(said, str | None):
+            found.add(file, said or "", where)
+        else:
+            wrong = "is no text; name another caption_column"
+            found.broken.append(f"{where}: {words} {said!r:.60} {wrong}")
     return found.check(path)

@@ -303,8 +303,11 @@ def write_index(folder: Path, scheduler: str) -> None:
     write_json(index, folder / INDEX)
 
 
-def check_index(folder: Path) -> None:
-    """Raise WeightsError for the folder of another kind of model."""
+def check_index(folder: Path, given: tuple[str, ...] = ()) -> None:
+    """Raise WeightsError for the folder of another kind of model.
+
+    Parts that are `given` otherwise, such as "vae", do not matter.
+    """
     path = folder / INDEX
     index = read_json(path)
     for part, (_, expected) in PARTS.items():
@@ -312,7 +315,8 @@ def check_index(folder: Path) -> None:
         is_pair = isinstance(entry, list) and len(entry) == 2
         found = entry[1] if is_pair else entry
         known = (expected, f"{expected}Fast") if expected else (found,)
-        if not is_pair or not isinstance(found, str) or found not in known:
+        fits = is_pair and isinstance(found, str) and found in known
+        if not fits and part not in given:
             raise WeightsError(
                 f"{path} ({index.get('_class_name')}) has {part} = {found}, "
                 f"expected {expected or 'a scheduler'}; "
@@ -370,20 +374,25 @@ def find_model(
     return download(str(name), tuple(PARTS), revision, variant, weights)
 
 
-def check_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file; WeightsError unless they are all three networks."""
+def check_checkpoint(path: Path, given: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """The tensors of a file; WeightsError unless they are all three networks.
+
+    Parts that are `given` otherwise, such as "vae", may be missing.
+    """
     state = read_weights(path)
     before = {name: prefixes(name) for name in NAMINGS}
     missing = [
         f"no {name} (its keys begin with {starts[0]})"
         for name, starts in before.items()
         if not any(key.startswith(starts) for key in state)
+        and name not in [PARTS[part][1] for part in given]
     ]
     if missing:
         raise WeightsError(
             f"{path} is not one whole Stable Diffusion checkpoint: "
             f"{'; '.join(missing)}. By its names it looks like {family(state)}. Give a "
-            "checkpoint of SD 1.x or 2.x, or a folder in the diffusers layout"
+            "checkpoint of SD 1.x or 2.x, or a folder in the diffusers layout; only a "
+            "VAE may come from elsewhere, as vae="
         )
     known = ("model_ema.", *(start for starts in before.values() for start in starts))
     others = [k for k in state if not k.startswith(known) and not HARMLESS.match(k)]

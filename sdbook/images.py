@@ -122,9 +122,12 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def read_picture(file: Path | io.BufferedIOBase, name: str = "") -> Image.Image:
+def read_picture(
+    file: Path | io.BufferedIOBase, name: str = "", convert: Callable = to_rgb
+) -> Image.Image:
     """Read a picture file upright, as RGB; of an animation, the first frame.
 
+    Whoever wants to see its transparency gives another function than `to_rgb`.
     Raises `ValueError` with the file's name (or `name`) if it cannot be read, or has
     more pixels than Pillow's `Image.MAX_IMAGE_PIXELS`, 89 million.
     """
@@ -137,7 +140,7 @@ def read_picture(file: Path | io.BufferedIOBase, name: str = "") -> Image.Image:
                 raise ValueError(f"{width} × {height} pixels; make it smaller")
             if opened.format == "EPS":
                 raise ValueError("PostScript, which is a program; save it as PNG")
-            return to_rgb(ImageOps.exif_transpose(opened))
+            return convert(ImageOps.exif_transpose(opened))
     except Exception as error:  # Pillow's decoders raise many kinds
         raise ValueError(
             f"cannot read the picture {name or file} ({error}); mend or remove it"

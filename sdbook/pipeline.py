@@ -3,9 +3,8 @@
 Generated from chapters/09_sampling.ipynb; do not edit.
 """
 
-import math
 import os
-import random
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +15,16 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .clip import CLIPTextConfig, CLIPTextModel, Tokenizer
-from .files import read_weights, save_weights, saving_together
+from .files import (
+    as_path,
+    read_weights,
+    save_weights,
+    saving_together,
+    upload,
+)
 
 # Names that once stood here, for whoever imports them from here.
 from .formats import (  # noqa: F401
@@ -28,12 +32,29 @@ from .formats import (  # noqa: F401
     check_index,
     check_task,
     find_model,
+    find_part,
     find_tokenizer,
     model_folders,
     shipped_models,
     to_original,
     told_schedule,
     write_index,
+)
+from .inputs import (
+    as_pixels,  # noqa: F401
+    check_latents,
+    check_output_type,
+    check_outputs,
+    number,
+    prepare_eta,
+    prepare_guidance,
+    prepare_pictures,
+    prepare_prompts,
+    prepare_seeds,
+    prepare_size,
+    prepare_skip,
+    prepare_strength,
+    require,
 )
 from .scheduler_files import UnsupportedScheduler, load_scheduler
 from .schedulers import (
@@ -48,12 +69,9 @@ from .vae import AutoencoderKL, VAEConfig
 from .weights import about, family, refuse_options
 
 __all__ = [
-    "guide", "StableDiffusion", "require", "check_parts", "check_tokenizer",
-    "OUTPUT_TYPES", "check_output_type", "to_pictures", "Pictures", "SourceImage",
-    "prepare_prompts", "prepare_seeds", "prepare_guidance", "prepare_eta",
-    "prepare_strength", "prepare_size", "check_latents", "picture_size",
-    "prepare_pictures", "as_pixels", "SD15_SCHEDULE", "NETWORKS", "find_sizes",
-    "find_scheduler",
+    "guide", "StableDiffusion", "check_parts", "check_tokenizer", "to_pictures",
+    "Pictures", "SourceImage", "SD15_SCHEDULE", "NETWORKS", "find_networks",
+    "find_words", "find_scheduler",
 ]
 
 
@@ -92,6 +110,9 @@ class StableDiffusion:
         if isinstance(new, str):  # latents have no range to be clipped to
             options = {"clip_sample": False} | self._scheduler.options
             new = scheduler_class(new).from_options(options, foreign=True)
+        kind = type(new).__name__
+        require(isinstance(new, Scheduler), f"a scheduler of type {kind}; give a name, "
+                "such as ddim, or one of sdbook.schedulers")
         self._scheduler = new
 
     @property
@@ -109,9 +130,11 @@ class StableDiffusion:
         return self
 
     @torch.no_grad()
-    def encode_prompt(self, prompts: list[str]) -> Float[Tensor, "b n d"]:
+    def encode_prompt(
+        self, prompts: list[str], clip_skip: int = 0
+    ) -> Float[Tensor, "b n d"]:
         """Texts to the sequence of embeddings that the UNet attends to."""
-        return self.text_encoder(self.tokenizer(prompts).to(self.device))
+        return self.text_encoder(self.tokenizer(prompts).to(self.device), clip_skip)
 
     @torch.no_grad()
     def predict(
@@ -149,12 +172,16 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b c h w"], output_type: str = "pil"):
-        """Latents, as the UNet sees them, to pictures of one of OUTPUT_TYPES."""
+        """Latents, as the UNet sees them, to pictures of an output type.
+
+        Raises ValueError for what overflowed, in the UNet or in the VAE.
+        """
         check_output_type(output_type)
+        require(latents.isfinite().all(), "the latents are not finite: the UNet "
+                f"overflowed in {self.dtype}; use float32 or bfloat16, a smaller "
+                "guidance_scale, or weights without NaN")
         if output_type == "latent":
             return latents
-        require(latents.isfinite().all(), "the latents are not finite: the UNet "
-                f"overflowed in {self.dtype}; use float32 or bfloat16")
         z = latents.to(self.device) / self.vae.config.scaling_factor
         return to_pictures(self.without_overflow(self.vae.decode, z), output_type)
 
@@ -162,15 +189,17 @@ class StableDiffusion:
         """`function` of the VAE in its own dtype, or in float32 if that overflows."""
         dtype = next(self.vae.parameters()).dtype
         result = function(x.to(dtype))
-        if result.isfinite().all() or dtype.itemsize >= 4:
-            return result
-        message = f"the VAE overflowed in {dtype}; doing it in float32 instead"
-        warnings.warn(message, stacklevel=3)
-        try:
-            self.vae.float()
-            return function(x.float())
-        finally:
-            self.vae.to(dtype)
+        if not result.isfinite().all() and dtype.itemsize < 4:
+            message = f"the VAE overflowed in {dtype}; doing it in float32 instead"
+            warnings.warn(message, stacklevel=3)
+            try:
+                self.vae.float()
+                result = function(x.float())
+            finally:
+                self.vae.to(dtype)
+        require(result.isfinite().all(), "the VAE overflowed in float32, too; give "
+                "another (vae=) for damaged weights, or a smaller guidance_scale")
+        return result
 
     @torch.no_grad()
     def encode(
@@ -218,6 +247,7 @@ class StableDiffusion:
         latents: Float[Tensor, "b c h w"] | None = None, output_type: str = "pil",
         *, image=None, strength: int | float | None = None, mask=None,
         eta: int | float = 0.0, callback: Callable | None = None, progress: bool = True,
+        clip_skip: int | None = 0,
     ) -> "Pictures":
         """Draw pictures of a prompt, or of a list of prompts.
 
@@ -228,30 +258,33 @@ class StableDiffusion:
         the final ones. `guidance_scale` 1 or less turns guidance off, as in diffusers.
         With `image`, one for all or one for each prompt, that picture is redrawn, by
         `strength` of the steps (0.8); with a `mask` only where it is white, and by all
-        of them. `eta` is DDIM's. `callback(step, t, latents)` is called after each
-        step. Raises ValueError for what cannot be drawn, before drawing starts.
+        of them. Transparency is white, and no mask. `eta` is DDIM's. `clip_skip` is for
+        the prompt alone, as in diffusers. `callback(step, t, latents)` is called after
+        each step. Raises ValueError for what cannot be drawn, before drawing starts.
         """
-        check_output_type(output_type)
-        each = num_images_per_prompt
+        check_outputs(output_type, callback)
+        steps = number("num_inference_steps", num_inference_steps, int)
+        each = number("num_images_per_prompt", num_images_per_prompt, int, 1, 10_000)
         prompts, negatives = prepare_prompts(prompt, negative_prompt, each)
         seeds = prepare_seeds(seed, len(prompts))
-        guided = prepare_guidance(guidance_scale, negatives)
+        skip = prepare_skip(clip_skip, self.text_encoder.config.num_hidden_layers)
+        scale = prepare_guidance(guidance_scale, negatives)
         options = prepare_eta(eta, self.scheduler)
-        strength = prepare_strength(strength, image, mask, num_inference_steps)
+        strength = prepare_strength(strength, image, mask, steps)
         size = prepare_size(height, width, image, latents, self.vae.config.downscale)
         shape = self.latent_shape(len(prompts), *size)
         check_latents(latents, shape)
         pixels, mask = prepare_pictures(image, mask, size, shape, each)
-        self.scheduler.set_timesteps(num_inference_steps)
+        self.scheduler.set_timesteps(steps)
 
-        texts = self.encode_prompt(negatives + prompts if guided else prompts)
-        uncond, context = texts.chunk(2) if guided else (None, texts)
-        options["generator"] = [torch.Generator().manual_seed(one) for one in seeds]
-        noise = shape, options["generator"], latents
-        x, source = self.start(*noise, pixels, mask, strength)
-        x = self.denoise(
-            x, context, uncond, guidance_scale, source, callback, progress, **options
-        )
+        texts = self.encode_prompt(negatives + prompts if scale > 1 else prompts)
+        uncond, context = texts.chunk(2) if scale > 1 else (None, texts)
+        if skip:
+            context = self.encode_prompt(prompts, skip)
+        dice = [torch.Generator().manual_seed(one) for one in seeds]
+        x, source = self.start(shape, dice, latents, pixels, mask, strength)
+        look_on = source, callback, progress
+        x = self.denoise(x, context, uncond, scale, *look_on, generator=dice, **options)
         return Pictures(self.decode(x, output_type), seeds)
 
     def latent_shape(
@@ -293,12 +326,26 @@ class StableDiffusion:
             tensors |= to_original(part)
         save_weights({k: t.to(dtype or t.dtype) for k, t in tensors.items()}, path)
 
+    def push_to_hub(
+        self, name: str, private: bool | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> str:
+        """Save to a Hugging Face repository; returns its address.
+
+        `name` is owner/model, made if there is none. First log in: `hf auth login`.
+        Raises OSError, with the reason, where that fails.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, dtype)
+            return upload(folder, name, private)
+
     @classmethod
     def from_pretrained(
         cls, name: str | os.PathLike, dtype: torch.dtype | None = None,
         variant: str | None = None, revision: str | None = None, ema: bool = True,
         config: str | os.PathLike | None = None,
         tokenizer: str | os.PathLike | None = None,
+        vae: str | os.PathLike | None = None,
     ):
         """Open a model: a shipped one by name, a folder, a Hugging Face id, a file.
 
@@ -307,11 +354,14 @@ class StableDiffusion:
         averaged (EMA) UNet if there are two, the other with `ema=False`; `config` is
         then a folder with the sizes, if they are not SD 1.5's or 2.1's. `tokenizer` is
         a folder or id, by default the model's own; for a file, `config`'s or CLIP's.
-        Raises FileNotFoundError or ValueError, naming the file and the way out, also
-        for what would mean nothing: `ema=False` or `config` of a folder, `variant` or
-        `revision` of a file.
+        `vae` is a folder, a file or an id, in place of the model's own. Raises
+        FileNotFoundError or ValueError, naming the file and the way out, also for what
+        would mean nothing: `ema=False` or `config` of a folder, `variant` of a file.
         """
-        path, one_file = Path(name), Path(name).is_file()
+        require(isinstance(dtype, torch.dtype | None),
+                f"dtype={dtype!r}: expected one of torch, such as torch.float16")
+        path, given = as_path(name, "a model"), () if vae is None else ("vae",)
+        one_file = path.is_file()
         if one_file:
             unused = dict(variant=variant, revision=revision)
             refuse_options(name, "a folder or a hub id", **unused)
@@ -322,29 +372,20 @@ class StableDiffusion:
             unused = dict(ema=None if ema else False, config=config)
             refuse_options(name, "a single file", **unused)
             folder = path = find_model(name, revision, variant)
-            check_index(folder)
-        state = check_checkpoint(path) if one_file else {}
-        sizes = find_sizes(folder, family(state))
-        words = folder if tokenizer is None else tokenizer
-        words = Tokenizer.from_pretrained(find_tokenizer(words))
-        if not folder and not tokenizer and family(state) == "SD 2.x":
-            words.backend.pad_token = "!"  # where CLIP fills up with its end token
+            check_index(folder, given)
+        kind = family(check_checkpoint(path, given) if one_file else {})
+        paths, sizes = find_networks(path, folder, kind, vae)
+        words = find_words(folder if tokenizer is None else tokenizer, kind)
         # All that can be seen to be wrong is, before the slow part.
         with about(path):
             check_parts(sizes["vae"], sizes["text_encoder"], words, sizes["unet"])
         scheduler, networks = find_scheduler(path, folder), {}
         for part, network in NETWORKS.items():
-            source = path if one_file else path / part
+            copy = None if part in given else variant
             networks[part] = network.from_pretrained(
-                source, dtype, variant, ema=ema, config=sizes[part]
+                paths[part], dtype, copy, ema=ema, config=sizes[part]
             )
         return cls(tokenizer=words, scheduler=scheduler, **networks)
-
-
-def require(holds, message: str) -> None:
-    """Raise ValueError with this message unless something holds."""
-    if not holds:
-        raise ValueError(message)
 
 
 def check_parts(
@@ -376,16 +417,6 @@ def check_tokenizer(tokenizer: Tokenizer, config: CLIPTextConfig) -> None:
         f"{tokenizer.max_length}, but the text encoder knows {tokens} tokens and "
         f"{places} places; use the tokenizer it was trained with",
     )
-
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-
-def check_output_type(output_type: str) -> None:
-    """Raise ValueError for what is not one of OUTPUT_TYPES."""
-    valid = ", ".join(OUTPUT_TYPES)
-    require(output_type in OUTPUT_TYPES,
-            f"output_type={output_type!r}: choose one of {valid}")
 
 
 def to_pictures(pixels: Float[Tensor, "b c h w"], output_type: str):
@@ -430,167 +461,6 @@ class SourceImage:
         return self.mask * x + (1 - self.mask) * known
 
 
-def prepare_prompts(prompt, negative, num_images: int) -> tuple[list[str], list[str]]:
-    """One prompt and one negative prompt for each picture, in order."""
-    negative = "" if negative is None else negative
-    prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
-    several = isinstance(negative, list | tuple)
-    negatives = list(negative) if several else [negative] * len(prompts)
-    require(prompts, "an empty list of prompts; pass a text or a list of texts")
-    for text in (*prompts, *negatives):
-        kind = type(text).__name__
-        require(isinstance(text, str),
-                f"a prompt of type {kind}; pass a text or a list of texts")
-    require(len(negatives) == len(prompts),
-            f"{len(prompts)} prompts but {len(negatives)} negative prompts; "
-            "pass one for all, or one for each")
-    require(num_images >= 1, f"num_images_per_prompt={num_images}: expected 1 or more")
-    return tuple([one for one in texts for _ in range(num_images)]
-                 for texts in (prompts, negatives))
-
-
-def prepare_seeds(seed: int | list[int] | None, count: int) -> list[int]:
-    """One seed for each picture: seed, seed + 1, … or the list that was given."""
-    if seed is None:
-        seed = random.SystemRandom().randrange(2**31)
-    several = isinstance(seed, list | tuple)
-    seeds = [int(one) for one in (seed if several else range(seed, seed + count))]
-    require(len(seeds) == count, f"{len(seeds)} seeds for {count} pictures; "
-            "pass one seed, or one for each")
-    require(all(-(2**63) <= one < 2**64 for one in seeds),
-            f"seed={seed}: expected a number of at most 64 bits")
-    return seeds
-
-
-def prepare_guidance(scale: int | float, negatives: list[str]) -> bool:
-    """Whether to guide at all; warns where an argument will have no effect."""
-    require(math.isfinite(scale), f"guidance_scale={scale}: expected a number, as 3")
-    if scale < 1:
-        warnings.warn(
-            f"guidance_scale={scale} is treated as 1 (no guidance), as in diffusers; "
-            "for the unconditional model pass an empty prompt", stacklevel=4,
-        )
-    if scale <= 1 and any(negatives):
-        warnings.warn(f"negative_prompt has no effect at guidance_scale={scale}; "
-                      "raise it above 1", stacklevel=4)
-    return scale > 1
-
-
-def prepare_eta(eta: int | float, scheduler: Scheduler) -> dict[str, int | float]:
-    """Options for the scheduler's steps; ValueError for eta where there is none."""
-    require(eta == 0 or isinstance(scheduler, DDIMScheduler),
-            f"{type(scheduler).__name__} has no eta; use scheduler ddim")
-    require(0 <= eta <= 1, f"eta={eta}: expected 0 (deterministic) to 1 (DDPM)")
-    return {"eta": eta} if eta else {}
-
-
-def prepare_strength(strength, image, mask, steps: int) -> int | float:
-    """The share of the steps to make: 0.8 by default, and 1 with a mask."""
-    for name, given in (("mask", mask), ("strength", strength)):
-        require(given is None or image is not None,
-                f"{name} without image; pass the picture to start from")
-    if strength is None:
-        strength = 1.0 if image is None or mask is not None else 0.8
-    require(0 < strength <= 1, f"strength={strength}: expected more than 0, up to 1")
-    require(int(steps * strength) >= 1 or steps < 1,  # set_timesteps refuses those
-            f"strength={strength} of {steps} steps is less than one step; "
-            "raise strength or num_inference_steps")
-    return strength
-
-
-def prepare_size(height, width, image, latents, cell: int) -> list[int | None]:
-    """Height and width as given, or the picture's, or the latents', or None."""
-    default = None, None
-    if image is not None:
-        default = picture_size(image)
-        if isinstance(image, Image.Image | list | tuple):  # arrays are not resized
-            default = [max(side // cell, 1) * cell for side in default]
-    elif latents is not None and latents.ndim == 4:
-        default = [side * cell for side in latents.shape[2:]]
-    given = zip((height, width), default)
-    return [other if side is None else side for side, other in given]
-
-
-def check_latents(latents: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Raise ValueError for latents of another shape than a call needs."""
-    if latents is not None:
-        found = tuple(latents.shape)
-        require(latents.ndim != 4 or found[0] == shape[0],
-                f"prompt batch of {shape[0]} but latents for {found[0]}; "
-                "pass one latent per prompt")
-        require(found == shape, f"latents of shape {found}, expected {shape}; "
-                "leave out height and width, or latents")
-
-
-def picture_size(image) -> tuple[int, int]:
-    """Height and width of the pictures of a call; ValueError for what is none."""
-    several = isinstance(image, list | tuple) and len(image) > 0
-    if all(isinstance(one, Image.Image) for one in (image if several else [image])):
-        first = image[0] if several else image
-        return first.height, first.width
-    if isinstance(image, np.ndarray) and image.ndim in (3, 4) and image.size:
-        return image.shape[-3:-1]
-    if isinstance(image, Tensor) and image.ndim in (3, 4) and image.numel():
-        return tuple(image.shape[-2:])
-    raise ValueError(
-        f"a picture of type {type(image).__name__}; pass a PIL image or a list of "
-        "them, an array (b, h, w, 3) or a tensor (b, 3, h, w), values from 0 to 1"
-    )
-
-
-def prepare_pictures(image, mask, size: list, shape: tuple, num_images: int):
-    """Pixels (b, 3, H, W) and the mask (b, 1, h, w) for a call, or None."""
-    count, prompts = shape[0], shape[0] // num_images
-
-    def one_each(pictures: Tensor) -> Tensor:
-        require(len(pictures) in (1, prompts, count),
-                f"{len(pictures)} pictures or masks for {prompts} prompts; "
-                "pass one for all, or one for each prompt")
-        return pictures.repeat_interleave(count // len(pictures), dim=0)
-
-    if image is None:
-        return None, None
-    pixels = one_each(as_pixels(image, *size))
-    if mask is not None:
-        mask = (as_pixels(mask, *size, mode="L") >= 0.5).float()
-        mask = one_each(F.interpolate(mask, size=shape[2:]))
-    return pixels, mask
-
-
-def as_pixels(
-    pictures, height: int, width: int, mode: str = "RGB"
-) -> Float[Tensor, "b c h w"]:
-    """Pictures as a tensor with values in [0, 1]; with mode "L", of one channel.
-
-    PIL images are resized. Raises ValueError for arrays of another size or range.
-    """
-    shape = len(mode), height, width
-    if getattr(pictures, "ndim", None) == 2:  # a mask without an axis of channels
-        is_array = isinstance(pictures, np.ndarray)
-        pictures = pictures[..., None] if is_array else pictures[None]
-    picture_size(pictures)  # refuses what is none
-    if isinstance(pictures, Image.Image):
-        pictures = [pictures]
-    if isinstance(pictures, list | tuple):
-        for one in pictures:
-            require(not one.mode.startswith("I"), f"a picture of mode {one.mode}, with "
-                    "16 bits or more; convert it to 8 bits, or pass an array with "
-                    "values from 0 to 1")
-        resized = [one.resize((width, height), Image.LANCZOS) for one in pictures]
-        arrays = [np.asarray(one.convert(mode), np.float32) / 255 for one in resized]
-        pictures = np.stack(arrays).reshape(-1, height, width, len(mode))
-    if isinstance(pictures, np.ndarray):
-        pictures = torch.from_numpy(pictures).movedim(-1, -3)
-    pixels = pictures.float().reshape(-1, *pictures.shape[-3:])
-    require(pixels.shape[1:] == shape, f"a picture or mask of shape "
-            f"{tuple(pixels.shape)}, expected (b, {', '.join(map(str, shape))}); "
-            "resize it, or pass PIL images")
-    require(pixels.min() >= 0 and pixels.max() <= 1,  # NaN is neither
-            f"a picture or mask with values from {pixels.min():g} to "
-            f"{pixels.max():g}; expected 0 to 1")
-    return pixels
-
-
 SD15_SCHEDULE = dict(
     beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
     steps_offset=1, set_alpha_to_one=False, skip_prk_steps=True,
@@ -600,11 +470,30 @@ SD15_SCHEDULE = dict(
 NETWORKS = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "unet": UNet}
 
 
-def find_sizes(folder: Path | None, family: str) -> dict:
-    """The configs of the three networks: a folder's, or else those of a family."""
-    if folder:
-        return {part: one.find_config(folder / part) for part, one in NETWORKS.items()}
-    return {part: one.config_class.of(family) for part, one in NETWORKS.items()}
+def find_networks(
+    model: Path, folder: Path | None, family: str, vae=None
+) -> tuple[dict[str, Path], dict]:
+    """Where the three networks are, and their configs: a folder's, or a family's."""
+    paths = {part: model / part if model.is_dir() else model for part in NETWORKS}
+    if vae is not None:
+        paths["vae"] = find_part(vae, "vae")
+    sizes = {}
+    for part, network in NETWORKS.items():
+        if part == "vae" and vae is not None:
+            sizes[part] = network.find_config(paths[part])
+        elif folder:
+            sizes[part] = network.find_config(folder / part)
+        else:
+            sizes[part] = network.config_class.of(family)
+    return paths, sizes
+
+
+def find_words(source: str | os.PathLike | None, family: str) -> Tokenizer:
+    """The tokenizer of a folder or an id, or else CLIP's, as a family fills it up."""
+    words = Tokenizer.from_pretrained(find_tokenizer(source))
+    if source is None and family == "SD 2.x":
+        words.backend.pad_token = "!"  # where CLIP fills up with its end token
+    return words
 
 
 def find_scheduler(model: Path, folder: Path | None = None) -> Scheduler:

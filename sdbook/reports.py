@@ -7,7 +7,8 @@ from pathlib import Path
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .files import write_atomically
+from .files import no_file, write_atomically
+from .folders import text_of
 from .images import labelled_grid
 from .pipeline import StableDiffusion
 
@@ -16,7 +17,7 @@ Records = dict[str, list[dict]]  # for each kind of prompt, what `evaluate` retu
 
 def write_text(path: Path, text: str) -> None:
     """Write a text, whole or not at all."""
-    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda file: file.write_bytes(text.encode()))
 
 
 def write_png(path: Path, picture: Image.Image) -> None:
@@ -104,14 +105,23 @@ def read_report(folder: str | Path) -> dict:
 
 
 def read_geneval(path: str | Path) -> list[dict]:
-    """GenEval's evaluation_metadata.jsonl: one prompt a line, with what to check."""
-    prompts = []
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    """GenEval's evaluation_metadata.jsonl: one prompt a line, with what to check.
+
+    Raises FileNotFoundError without it, ValueError, naming the line, for what is none.
+    """
+    path, prompts = Path(path), []
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{no_file(path)}; give GenEval's evaluation_metadata.jsonl"
+        )
+    lines = text_of(path.read_bytes(), path).split("\n")
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             prompt = json.loads(line)
             prompt["prompt"], prompt["tag"]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
                 f"line {number} of {path} is no prompt of GenEval ({error}); give its "
                 "evaluation_metadata.jsonl"

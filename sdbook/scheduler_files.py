@@ -14,8 +14,10 @@ from .weights import about
 __all__ = ["REPLACED", "UnsupportedScheduler", "load_scheduler"]
 
 # Their ways lead through the same noise, so that another sampler does as well.
-REPLACED = {"DEISMultistepScheduler", "DPMSolverSDEScheduler", "KDPM2DiscreteScheduler"}
-REPLACED |= {"DPMSolverSinglestepScheduler", "KDPM2AncestralDiscreteScheduler"}
+REPLACED = {
+    "DEISMultistepScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler",
+    "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler",
+}  # fmt: skip
 
 
 class UnsupportedScheduler(Scheduler):

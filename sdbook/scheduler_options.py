@@ -38,8 +38,11 @@ FIXED = {
     ),
 }  # fmt: skip
 # Options that do nothing without those.
-IGNORED = {"dynamic_thresholding_ratio", "sample_max_value", "euler_at_final"}
-IGNORED |= {"flow_shift", "time_shift_type"}
+IGNORED = {
+    "dynamic_thresholding_ratio", "sample_max_value", "euler_at_final", "flow_shift",
+    "time_shift_type",
+}  # fmt: skip
+MOST_STEPS = 2**20
 
 
 def check_options(kind: type, options: dict) -> None:
@@ -60,9 +63,13 @@ def check_options(kind: type, options: dict) -> None:
                 f"choose from {', '.join(map(str, allowed[name]))}"
             )
     own = kind.defaults | options
-    for name, least in (("num_train_timesteps", 1), ("steps_offset", 0)):
-        if not isinstance(own[name], int) or own[name] < least:
-            raise ValueError(f"{name}={own[name]!r}: expected an integer ≥ {least}")
+    total = own["num_train_timesteps"]
+    limits = {"num_train_timesteps": (1, MOST_STEPS), "steps_offset": (0, total)}
+    for name, (least, most) in limits.items():  # more would be a slip, or a trap
+        if not isinstance(own[name], int) or not least <= own[name] <= most:
+            raise ValueError(
+                f"{name}={own[name]!r:.40}: expected an integer from {least} to {most}"
+            )
     betas = own["beta_start"], own["beta_end"]
     if {*map(type, betas)} - {int, float} or not 0 < betas[0] <= betas[1] < 1:
         raise ValueError(f"betas {betas}: expected 0 < beta_start <= beta_end < 1")

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from ..files import write_atomically
 from ..images import short_name
+from .folder import checkpoint_folder, checkpoint_name, list_checkpoints
 from .processes import any_process
 from .settings import RunConfig, facts_of
 
@@ -31,7 +32,7 @@ def save_checkpoint(folder: Path, step: int, stateful: dict, keep: int = 1) -> P
     whole one, when it cannot be written.
     """
     state = {name: thing.state_dict() for name, thing in stateful.items()}
-    path = Path(folder) / f"step-{step:08d}.pt"
+    path = Path(folder) / checkpoint_name(step)
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
@@ -41,12 +42,12 @@ def save_checkpoint(folder: Path, step: int, stateful: dict, keep: int = 1) -> P
         write_atomically(path, write)
     except (OSError, RuntimeError) as error:  # PyTorch's writer raises the second
         reason = os.strerror(error.errno) if getattr(error, "errno", None) else error
-        last = max(path.parent.glob("step-*.pt"), default=None)
+        last = max(list_checkpoints(path.parent), default=None)
         raise OSError(
             f"{path} could not be written ({reason}); make room, and the same command "
             f"goes on from {last or 'zero'}"
         ) from error
-    for old in sorted(path.parent.glob("step-*.pt"))[:-keep]:
+    for old in list_checkpoints(path.parent)[:-keep]:
         old.unlink()
     return path
 
@@ -91,6 +92,9 @@ def fault_in(state) -> str | None:
         for means in moved.values()
     ):
         return "its optimiser is none"
+    means = [mean for means in moved.values() for mean in means.values()]
+    if not all(bool(mean.isfinite().all()) for mean in means):
+        return "its optimiser has means that are no numbers"
     if type(state["step"]) is not int or state["step"] < 0:
         return f"its step is {state['step']!r:.40}"
     return None
@@ -199,7 +203,7 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     if run.is_file():
         read_checkpoint(run, mapped=True)
         return run
-    found = sorted(run.glob("checkpoints/step-*.pt"), reverse=True)
+    found = list_checkpoints(checkpoint_folder(run))[::-1]
     for path in found:
         reason = why_not(path)
         if reason is None:
@@ -222,8 +226,8 @@ def find_checkpoint(config: RunConfig) -> Path | None:
 
 def set_aside(folder: Path, first: int) -> None:
     """Move checkpoints of steps after `first`, made again or torn, to folder-old."""
-    for path in sorted(folder.glob("step-*.pt")):
-        if path.stem > f"step-{first:08d}":
+    for path in list_checkpoints(folder):
+        if path.name > checkpoint_name(first):
             old = folder.with_name(folder.name + "-old")
             old.mkdir(exist_ok=True)
             path.replace(old / path.name)
@@ -312,7 +316,7 @@ def find_start(run, dataset: Dataset) -> int:
             run.config, processes=run.world, pictures=len(dataset),
             content=content_of(dataset),
         )  # fmt: skip
-    folder = Path(run.config.output_dir) / "checkpoints"
+    folder = checkpoint_folder(run.config.output_dir)
     with run.accelerator.main_process_first():
         path = find_checkpoint(run.config)
         first = load_checkpoint(path, run.stateful) if path else 0
@@ -338,7 +342,7 @@ def keep_state(run, done: int) -> None:
     if not is_sound(run):
         return
     if run.main:
-        folder = Path(run.config.output_dir) / "checkpoints"
+        folder = checkpoint_folder(run.config.output_dir)
         save_checkpoint(folder, done, run.stateful, run.config.keep_checkpoints)
     run.saved = done
 
@@ -363,8 +367,9 @@ def check_end(run) -> None:
 
 def give_up(run, step: int, what: str) -> ValueError:
     """Set aside the checkpoints that no good loss has followed; what to say then."""
-    folder = Path(run.config.output_dir) / "checkpoints"
+    folder = checkpoint_folder(run.config.output_dir)
     if run.main:  # but not the one that the run has begun with
         set_aside(folder, max(run.first, step - run.meter.lost))
-    last = max(folder.glob("step-*.pt"), default=f"step {run.first}")
+    first = 0 if run.config.resume == "auto" else run.first  # its file may be gone
+    last = max(list_checkpoints(folder), default=f"step {first}")
     return ValueError(NO_NUMBER.format(what=what, last=last))

@@ -71,7 +71,7 @@ class TrainingConfig(RunConfig):
     unet_config: str | None = None
 
     beta_schedule: str = setting("scaled_linear", choices=BETA_SCHEDULES)
-    diffusion_steps: int = setting(1000, at_least=1)
+    diffusion_steps: int = setting(1000, at_least=1, at_most=2**20)
     prediction_type: str = setting("epsilon", choices=PREDICTION_TYPES)
     rescale_betas_zero_snr: bool = False
     caption_dropout: float = setting(0.1, **SHARE)
@@ -194,7 +194,7 @@ class FinetuningConfig(RunConfig):
     weight_decay: float = 0.0
     ema_decay: float = 0.0
     pretrained: str = "scenes"
-    caption_dropout: float = setting(0.1, at_least=0, at_most=1)
+    caption_dropout: float = setting(0.1, **SHARE)
     snr_gamma: float = setting(5.0, at_least=0)
 
     def __post_init__(self):

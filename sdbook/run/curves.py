@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from .settings import check_settings
+from .settings import check_png, check_settings
 
 LEFT_OUT = ("step", "seconds")  # of the numbers in a log
 AT_THE_END = ("lr", "grad_norm", "pictures_per_second", "skipped")
@@ -27,8 +27,7 @@ class PlotConfig:
         check_settings(self)
         if not self.runs or not all(run.strip() for run in self.runs):
             raise ValueError("name a run, as in: sdbook plot runs/unet")
-        if Path(self.output_path).suffix.lower() != ".png":
-            raise ValueError(f"output_path {self.output_path!r} must end in .png")
+        check_png("output_path", self.output_path)
 
 
 def read_log(run: str) -> list[dict]:
@@ -110,7 +109,10 @@ def plot(config: PlotConfig) -> None:
     runs = {run: find_curves(read_log(run)) for run in config.runs}
     path = Path(config.output_path)
     if not any(runs.values()):
-        raise ValueError(f"{', '.join(runs)}: the log holds no number to draw")
+        raise ValueError(
+            f"{', '.join(runs)}: the log holds no number to draw; name a run that "
+            "has made a step or more"
+        )
     figure = draw_curves(runs)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=144))
     print(f"wrote {path}")

@@ -11,9 +11,9 @@ from torch.utils.data import Dataset
 
 from ..clip import CLIPTextModel
 from ..counts import counted
-from ..files import write_atomically
 from ..images import CaptionedImages
 from ..pipeline import StableDiffusion
+from ..reports import write_png, write_text
 from ..unet import UNet
 from ..weights import build_empty
 from .checkpoints import check_fits, find_checkpoint
@@ -52,12 +52,12 @@ def draw_class(config: LoRATrainingConfig, pipe: StableDiffusion) -> CaptionedIm
     for number in range(config.num_class_pictures)[mine]:
         path = folder / f"{number:05}.png"
         prompt = config.class_prompts[number % len(config.class_prompts)]
-        words, text = path.with_suffix(".txt"), prompt.encode()
-        if path.exists() and words.exists() and words.read_bytes() == text:
+        words = path.with_suffix(".txt")
+        if path.exists() and words.exists() and words.read_bytes() == prompt.encode():
             continue
         image = pipe(prompt, seed=config.seed + number, progress=False).images[0]
-        write_atomically(path, lambda file: image.save(file, "PNG"))  # noqa: B023
-        write_atomically(words, lambda file: file.write_bytes(text))  # noqa: B023
+        write_png(path, image)
+        write_text(words, prompt)
     process.wait_for_everyone()
     return CaptionedImages(folder, config.image_size)
 

@@ -87,9 +87,24 @@ def remove_half_written(folder: Path, depth: int = 2) -> None:
             remove_half_written(Path(entry), depth - 1)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
+def checkpoint_folder(output_dir: str | Path) -> Path:
+    """The folder of a run's checkpoints, each named by `checkpoint_name`."""
+    return Path(output_dir) / "checkpoints"
+
+
+def checkpoint_name(step: int) -> str:
+    """What the checkpoint after so many steps is called; names sort as steps do."""
+    return f"step-{step:08d}.pt"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder of them, the oldest first; whole ones or not."""
+    return sorted(folder.glob("step-*.pt"))
+
+
+def newest_checkpoint(output_dir: str | Path) -> Path | None:
     """The last checkpoint of the run in this folder."""
-    return max(folder.glob("checkpoints/step-*.pt"), default=None)
+    return max(list_checkpoints(checkpoint_folder(output_dir)), default=None)
 
 
 def owns_output_dir(training):

@@ -34,7 +34,7 @@ class Log:
             lines = data.decode("utf-8", "replace").splitlines()
             kept = [line for line in lines if -1 < step_of(line) <= first]
             text = "".join(line + "\n" for line in kept)
-            write_atomically(path, lambda file: file.write_text(text))
+            write_atomically(path, lambda file: file.write_text(text, "utf-8"))
 
     def write(self, line: dict) -> None:
         """Append one line. What is no number is null: JSON knows no NaN."""

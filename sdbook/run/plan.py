@@ -33,7 +33,7 @@ def say_epochs(epochs: float) -> str:
 
 def warn_of_few(config: RunConfig, dataset: Dataset, shown: int) -> None:
     """Warn of far too few pictures for what is trained; scenes are as many as asked."""
-    if shown < config.enough and not getattr(dataset, "drawn", False):
+    if shown < config.enough and not dataset.drawn:
         warnings.warn(
             f"{counted(shown, 'picture')} to train on: far too few, the model will "
             "know them by heart and little else. Give thousands, or let a finished "

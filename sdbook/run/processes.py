@@ -85,7 +85,11 @@ def count_steps(config: RunConfig, size: int, processes: int) -> RunConfig:
 
 
 def wrap(accelerator, config: RunConfig, module: nn.Module, optimiser):
-    """Module and optimiser as a run uses them: compiled, sparing, together."""
+    """Module and optimiser, ready to run in all processes.
+
+    With gradient_checkpointing blocks are computed twice, with `compile` by
+    torch.compile; `unwrap` undoes both.
+    """
     if getattr(config, "gradient_checkpointing", False):
         recompute_blocks(module)
     compiled = torch.compile(module) if config.compile else module

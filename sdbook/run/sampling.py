@@ -4,9 +4,10 @@ import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from .settings import check_settings, setting
+from .settings import check_png, check_settings, setting
 
 DTYPES = ("float32", "float16", "bfloat16")
+MOST_BYTES = 10**7  # of a file of prompts
 PIXELS_AT_ONCE = 2**20  # 256 pictures of 64 × 64, 4 of 512 × 512
 # Not in a picture's metadata: what is said in another way, or changes no pixel.
 UNSAID = {
@@ -26,6 +27,7 @@ class SamplingConfig:
         checkpoint_path: a shipped model's name, a folder, a hub id, or one original
             .safetensors or .ckpt file.
         tokenizer_path: a model (see above) with the tokenizer, which one file lacks.
+        vae_path: a VAE in place of the model's own: a folder, a hub id or a file.
         variant: of the weights' files, such as fp16.
         output_path: a PNG; further pictures get -1, -2, … before the suffix.
         image_size: height and width in pixels; the model's own by default.
@@ -39,6 +41,7 @@ class SamplingConfig:
         lora_scale: how strongly it changes the model, from 0.
         word_path: a new word that the prompts may say (as train-word wrote it).
         word: what the prompts call it; what the file calls it by default.
+        clip_skip: how many of the text model's last layers to leave out.
         guidance_scale: how strongly the prompt pulls; 1 is no guidance.
         num_inference_steps: denoising steps.
         scheduler: a sampler's name, such as ddim; the model's own by default.
@@ -54,6 +57,7 @@ class SamplingConfig:
     negative_prompt: str = ""
     checkpoint_path: str = "scenes"
     tokenizer_path: str | None = None
+    vae_path: str | None = None
     variant: str | None = None
     output_path: str = "picture.png"
     image_size: int | None = setting(None, at_least=1)
@@ -67,6 +71,7 @@ class SamplingConfig:
     lora_scale: float = 1.0
     word_path: str | None = None
     word: str | None = None
+    clip_skip: int | None = setting(None, at_least=0)
     guidance_scale: float = 3.0
     num_inference_steps: int = setting(25, at_least=1)
     scheduler: str | None = None
@@ -80,8 +85,7 @@ class SamplingConfig:
         check_settings(self)
         if bool(self.prompt) == bool(self.prompt_file):
             raise ValueError("give a prompt or a prompt_file, one of the two")
-        if Path(self.output_path).suffix.lower() != ".png":
-            raise ValueError(f"output_path {self.output_path!r} must end in .png")
+        check_png("output_path", self.output_path)
         for name, what, needs in (
             ("lora_scale", "LoRA", "lora_path"),
             ("word", "word's file", "word_path"),
@@ -95,8 +99,10 @@ class SamplingConfig:
 
 def sample(config: SamplingConfig) -> None:
     """Draw what the settings say, and write each picture once it is there."""
+    from ..inputs import prepare_prompts
+
     prompts = list(config.prompt) or read_prompts(config.prompt_file)
-    texts = [text for text in prompts for _ in range(config.num_images)]
+    texts, _ = prepare_prompts(prompts, config.negative_prompt, config.num_images)
     files = name_files(config, 1 if config.grid else len(texts))
     files[0].parent.mkdir(parents=True, exist_ok=True)  # or fail before the work
     start = {"image": config.image_path, "mask": config.mask_path}
@@ -121,7 +127,7 @@ def sample(config: SamplingConfig) -> None:
 
 def draw(config: SamplingConfig, pipe, texts: list[str], seeds, start: dict):
     """Yield (number of the first, pictures), as many at once as memory may hold."""
-    from ..pipeline import prepare_size
+    from ..inputs import prepare_size
 
     cell = pipe.vae.config.downscale
     sides = config.height or config.image_size, config.width or config.image_size
@@ -139,6 +145,7 @@ def draw(config: SamplingConfig, pipe, texts: list[str], seeds, start: dict):
             width=w * cell,
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
+            clip_skip=config.clip_skip,
             seed=list(seeds[some]),
         ).images
 
@@ -150,7 +157,11 @@ def read_prompts(path: str) -> list[str]:
     """The prompts of a file, one a line; empty lines are none. ValueError without."""
     from ..folders import text_of
 
-    lines = text_of(Path(path).read_bytes(), path).replace("\r", "\n").split("\n")
+    with open(path, "rb") as file:  # a pipe, too, but none without an end
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"prompt_file {path} is larger than 10 MB; give fewer prompts")
+    lines = text_of(data, path).replace("\r", "\n").split("\n")
     prompts = [" ".join(line.split()) for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"prompt_file {path} holds no prompt; write one a line")
@@ -191,7 +202,8 @@ def open_pipeline(checkpoint_path: str, device: str, dtype: str, **options):
 
 def open_model(config: SamplingConfig):
     """The pipeline to draw with, and what was fine-tuned, where it is given."""
-    source = {"tokenizer": config.tokenizer_path, "variant": config.variant}
+    source = {"tokenizer": config.tokenizer_path, "vae": config.vae_path}
+    source["variant"] = config.variant
     source = {name: value for name, value in source.items() if value is not None}
     pipe = open_pipeline(config.checkpoint_path, config.device, config.dtype, **source)
     pipe.vae.tile_size = config.tile_size
@@ -210,17 +222,10 @@ def open_model(config: SamplingConfig):
 
 
 def open_picture(path: str):
-    """A picture's pixels; ValueError for a file that is none, or is cut short."""
-    from PIL import Image, ImageOps
+    """A picture, upright and with its transparency; ValueError for what is none."""
+    from ..images import read_picture
 
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return ImageOps.exif_transpose(picture)  # phones turn by a note only
-    except FileNotFoundError:
-        raise
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is no picture that can be read ({error})") from error
+    return read_picture(Path(path), convert=lambda picture: picture)
 
 
 # What comes out ----------------------------------------------------------------

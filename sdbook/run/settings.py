@@ -5,27 +5,19 @@ imported before a run needs it, so that a wrong flag is refused at once.
 """
 
 import importlib.util
-import math
-import numbers
 import operator
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, get_args, get_origin
+from typing import ClassVar, get_args, get_origin
+
+from ..kinds import KIND_NAMES, cleaned
 
 LIMITS = {
     "at_least": (operator.ge, "at least"),
     "more_than": (operator.gt, "more than"),
     "at_most": (operator.le, "at most"),
     "below": (operator.lt, "less than"),
-}
-# What a field's type is called, for one value and for several.
-KIND_NAMES = {
-    bool: ("true or false", "a list such as [true, false]"),
-    int: ("a whole number", "a list of whole numbers, such as [1, 2]"),
-    float: ("a number", "a list of numbers, such as [0.5, 1]"),
-    str: ("a text", "a list of texts, such as [this, that]"),
 }
 
 
@@ -54,25 +46,6 @@ def facts_of(config_class: type, name: str) -> Mapping:
         if own is not None and own.metadata:
             return own.metadata
     return {}
-
-
-def cleaned(value, kind) -> Any:
-    """A value as a settings class keeps it; TypeError if it is not of this kind.
-
-    Lists become tuples, paths texts, and NumPy's numbers Python's.
-    """
-    if get_origin(kind) is tuple and isinstance(value, list | tuple):
-        return tuple(cleaned(one, get_args(kind)[0]) for one in value)
-    if kind is str and isinstance(value, str | os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, bool) or kind is bool:
-        if isinstance(value, bool) and kind is bool:
-            return value
-    elif kind is int and isinstance(value, numbers.Integral):
-        return int(value)
-    elif kind is float and isinstance(value, numbers.Real) and math.isfinite(value):
-        return value if isinstance(value, int) else float(value)
-    raise TypeError(f"{value!r} is not of the kind {kind}")
 
 
 def demands(config_class: type, name: str) -> tuple:
@@ -163,6 +136,12 @@ def check_places(config: "RunConfig", name: str) -> None:
             f"output_dir is {name}, {given}, and would be written over; choose another "
             "output_dir"
         )
+
+
+def check_png(name: str, path: str) -> None:
+    """Raise ValueError for the path of a picture to write that is no PNG's."""
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"{name} {path!r} must end in .png; give it that ending")
 
 
 def check_multiple(name: str, widths, divisor_name: str, divisor: int) -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from ..attention import TransformerBlock
 from ..clip import CLIPTextModel, Tokenizer
 from ..files import read_json
-from ..formats import find_model, find_part, find_tokenizer
+from ..formats import check_task, find_model, find_part, find_tokenizer
 from ..pipeline import check_tokenizer, find_scheduler
 from ..schedulers import DDIMScheduler
 from ..unet import UNet, UNetConfig, start_as_identity
@@ -110,6 +110,7 @@ def find_sizes(config: TrainingConfig) -> UNetConfig:
     fitting |= {"in_channels": vae.latent_channels, "out_channels": vae.latent_channels}
     if config.pretrained:
         unet = UNet.find_config(source_of(config, "unet"))
+        check_task(unet.in_channels, vae.latent_channels, config.pretrained)
         wanted = replace(asked or unet, **fitting, sample_size=unet.sample_size)
         check_same(config.pretrained, wanted, unet)
     halvings = 2 ** (len(unet.block_out_channels) - 1)

@@ -80,7 +80,7 @@ def say_clip_plan(config: CLIPTrainingConfig, dataset, clip: CLIP, twins: bool) 
 
 def clip_loss(module, batch, generator, rows):
     """The contrastive loss of a batch, and the share of texts that choose right."""
-    pixels, ids = (part.to(generator.device) for part in batch)
+    pixels, ids = (tensor.to(generator.device) for tensor in batch)
     same = (ids[:, None] == ids[None]).all(-1)
     logits = module(ids, pixels)
     right = same.gather(1, logits.argmax(1, keepdim=True)).float().mean()
@@ -93,7 +93,7 @@ def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel | None:
 
     Says the plan first; with `dry_run` that is all. Writes `text_encoder`,
     `tokenizer` and `clip.safetensors` (the rest) to `output_dir`. With
-    several processes, or parts of a batch, each compares its own pictures alone.
+    several processes, or micro-batches, each compares its own pictures alone.
     """
     torch.manual_seed(config.seed)
     dataset = open_dataset(config)

@@ -17,7 +17,6 @@ from jaxtyping import Int
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..counts import counted
 from ..run.checkpoints import check_end, find_start, keep_state, skip_step
 from ..run.folder import owns_output_dir
 from ..run.logs import Log, Meter, is_due, open_tracker, report
@@ -66,9 +65,8 @@ class StepSampler(Sampler):
         self.rank, self.world, self.shares = rank, world, world * micro_batches
         if batch_size % self.shares:
             raise ValueError(
-                f"batch_size {batch_size} does not split over "
-                f"{counted(world, 'process', 'processes')} in "
-                f"{counted(micro_batches, 'micro-batch', 'micro-batches')}; give a "
+                f"batch_size {batch_size} does not split over {self.shares} shares "
+                f"(processes × micro-batches: {world} × {micro_batches}); give a "
                 f"multiple of {self.shares}"
             )
 
@@ -146,6 +144,7 @@ class Run:
         open_tracker(self)
 
     def learning_rate(self, step: int) -> float:
+        """The learning rate of a step."""
         return self.config.learning_rate * learning_rate_at(step, self.config)
 
 
@@ -161,9 +160,8 @@ def take_step(run: Run, step: int, loss_of: Callable, batches) -> None:
     for number, batch in enumerate(batches):
         rows = slice(number * run.world + run.rank, None, count * run.world)
         generator = step_generator(config.seed, step, device=run.device)
-        last = number == count - 1
-        alone = nullcontext() if last else run.accelerator.no_sync(run.wrapped)
-        with alone:
+        alone = run.accelerator.no_sync if number < count - 1 else nullcontext
+        with alone(run.wrapped):
             with run.accelerator.autocast():
                 loss, numbers = loss_of(run.wrapped, batch, generator, rows)
             run.accelerator.backward(loss / count)
@@ -193,9 +191,8 @@ def optimise(
     `loss_of(module, batch, generator, rows)` gives the loss and a dict of numbers to
     log; its chance comes from the generator, the same for all micro-batches of a step,
     of whose pictures this one has the `rows`. Now and then `validate(module)` gives
-    such a dict, and `sample(module)` an image, of the averaged weights. `output_dir`
-    gets log.jsonl and checkpoints/. Ctrl-C writes one and raises KeyboardInterrupt.
-    One process at a time may train there.
+    such a dict, and `sample(module)` an image, of the averaged weights. Ctrl-C writes
+    a checkpoint and raises KeyboardInterrupt. Only one may train in `output_dir`.
     """
     run, count = Run(config, module, dataset), config.gradient_accumulation_steps
     config = run.config
@@ -215,10 +212,8 @@ def optimise(
             if stop or is_due(step + 1, config.checkpoint_every, config):
                 keep_state(run, step + 1)
             if stop:
-                raise KeyboardInterrupt(
-                    f"after step {step + 1}; the same command goes on from step "
-                    f"{run.saved}"
-                )
+                how = f"the same command goes on from step {run.saved}"
+                raise KeyboardInterrupt(f"after step {step + 1}; {how}")
     check_end(run)
     unwrap(run.accelerator, run.module, run.wrapped)
     return run.averaged

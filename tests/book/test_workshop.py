@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -66,6 +67,7 @@ FLOORS = {
     "run.settings": 4.1,
     "reports": 4.1,
     "features": 3.5,
+    "inputs": 3.5,
     "twins": 2.6,
     "words": 3.2,
     "adapters": 2.4,
@@ -85,6 +87,7 @@ FLOORS = {
     "weights": 2,
     "files": 1,
     "counts": 0,
+    "kinds": 0,
     "attention": 1,
     "resblocks": 1,
     "viz": 0,
@@ -376,6 +379,26 @@ def test_imports_point_down(module):
     for other in imported(module):
         assert other in FLOORS, f"{module} imports {other}, which is not there"
         assert FLOORS[other] < FLOORS[module], f"{module} imports {other}"
+
+
+def test_the_drawing_of_the_house_shows_every_module_on_its_floor():
+    tree = ElementTree.parse(ROOT / "assets" / "house.svg").getroot()
+    names, said = tree.findall(".//{*}g[@font-weight]/{*}text"), {}
+    labels = [t for t in tree.findall(".//{*}text") if t.get("text-anchor") == "end"]
+    for line in names:
+        above = [one for one in labels if int(one.get("y")) < int(line.get("y"))]
+        floor = int(max(above, key=lambda one: int(one.get("y"))).text[-1])
+        for name in "".join(line.itertext()).split(" · "):
+            said[name] = floor, line
+    tops = {module.split(".")[0] for module in MODULES}
+    tops -= {"__init__", "__main__", "data"}  # the roof, and who hands on names
+    assert {name: floor for name, (floor, _) in said.items()} == {
+        name: int(FLOORS[name]) for name in tops
+    }
+    for name in tops - {"training"}:
+        generated = name in FILES and "Generated from" in FILES[name].read_text()
+        slanted = [tspan.text for tspan in said[name][1].findall("{*}tspan")]
+        assert (name in slanted) == (not generated), name
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -41,6 +41,7 @@ from sdbook.training import (
     TrainingConfig,
     VAETrainingConfig,
 )
+from sdbook.vae import AutoencoderKL
 
 CONFIGS = Path(sdbook.__file__).parent / "configs"
 
@@ -531,17 +532,57 @@ def test_where_the_tokenizer_and_the_variant_come_from(draw, model, monkeypatch)
     assert given == {"dtype": torch.float32, "tokenizer": "words", "variant": "fp16"}
 
 
+def test_a_vae_from_elsewhere_and_fewer_layers(draw, model, tmp_path):
+    torch.manual_seed(1)
+    other = AutoencoderKL(StableDiffusion.from_pretrained(model).vae.config)
+    other.save_pretrained(tmp_path / "vae")
+    plain = np.asarray(Image.open(draw())).astype(int)
+    for flag, value in (("vae_path", str(tmp_path / "vae")), ("clip_skip", "1")):
+        picture = Image.open(draw(f"--{flag}", value))
+        assert picture.text[flag] == value
+        assert f"--{flag} {value}" in picture.text["command"]
+        assert not np.array_equal(np.asarray(picture), plain)
+    assert np.array_equal(np.asarray(Image.open(draw("--clip_skip", "0"))), plain)
+
+
+def test_layers_that_the_text_model_lacks(model, capsys):
+    said = refused(capsys, bad_sample(model, "--clip_skip", "2"))
+    assert "clip_skip=2" in said and "2 layers" in said
+
+
+def test_half_a_character_is_found_before_a_model_is_opened(tmp_path, capsys):
+    said = refused(capsys, bad_sample(tmp_path / "no model", prompt="caf\udce9"))
+    assert "half of a character" in said and "UTF-8" in said
+
+
+def test_a_picture_that_overflows_is_no_success(model, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda self, z: z[:, :3] * torch.nan)
+    path = tmp_path / "black.png"
+    said = refused(capsys, bad_sample(model, "--output_path", path))
+    assert "VAE overflowed in float32" in said and not path.exists()
+
+
+def test_a_mask_with_transparency_is_refused(model, capsys, tmp_path):
+    for name, alpha in (("picture", 255), ("mask", 0)):
+        picture = Image.new("RGBA", (64, 64), (255, 0, 0, alpha))
+        picture.save(tmp_path / f"{name}.png")
+    given = ["--image_path", tmp_path / "picture.png"]
+    given += ["--mask_path", tmp_path / "mask.png"]
+    said = refused(capsys, bad_sample(model, *given))
+    assert "mask" in said and "transparency" in said
+
+
 def test_pictures_that_cannot_be_opened(model, capsys, tmp_path, monkeypatch):
     missing, torn = tmp_path / "missing.png", tmp_path / "torn.png"
     Image.radial_gradient("L").save(torn)
     torn.write_bytes(torn.read_bytes()[:200])
-    for path, words in ((missing, "No such file"), (torn, "no picture that can be")):
+    for path, words in ((missing, "no such file"), (torn, "cannot read the picture")):
         said = refused(capsys, bad_sample(model, "--image_path", str(path)))
         assert str(path) in said and words in said
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     Image.radial_gradient("L").save(torn)
     said = refused(capsys, bad_sample(model, "--image_path", str(torn)))
-    assert "no picture that can be" in said
+    assert "cannot read the picture" in said
     monkeypatch.undo()
     said = refused(capsys, bad_sample(model, "--tile_size", "4"))
     assert "4" in said and "pixels" in said
@@ -886,6 +927,7 @@ def test_prompts_from_a_file(draw, tmp_path, capsys):
     ):
         file.write_bytes(data)
         assert words in refused(capsys, sample)
+    assert "10 MB" in refused(capsys, ["sample", "--prompt_file", "/dev/zero"])
     file.unlink()
     assert str(file) in refused(capsys, sample)
 

@@ -1154,6 +1154,22 @@ def test_the_benchmark_of_folders_runs(tmp_path, capsys):
     assert said.count("30 pictures") == 3, said
 
 
+def test_what_other_trainings_wrote_is_no_data(tmp_path):
+    """A folder with a run's lock is a run's; beside the lock lie its class pictures."""
+    for place in ("", "lora/class/", "class/"):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), "red").save(tmp_path / place / "a.png")
+        (tmp_path / place / "a.txt").write_text(f"of {place}")
+    assert len(CaptionedImages(tmp_path)) == 3
+    (tmp_path / "lora/.lock").touch()
+    with pytest.warns(UserWarning, match="lora is where runs write: left out"):
+        assert CaptionedImages(tmp_path).captions() == ["of", "of class/"]
+    (tmp_path / ".lock").touch()
+    with pytest.warns(UserWarning, match="left out"):
+        assert CaptionedImages(tmp_path).captions() == ["of"]
+    assert len(CaptionedImages(tmp_path / "class")) == 1  # asked for by its name
+
+
 # Shards ---------------------------------------------------------------------------
 
 
@@ -1281,6 +1297,26 @@ def test_a_name_in_a_shard_ends_at_its_first_dot(tmp_path):
     assert old == ["./x.y/a", "b"]
 
 
+def test_two_pictures_of_a_sample_each_with_a_caption(tmp_path):
+    """a.v1 and a.v2 are one sample to WebDataset; none is lost without a word."""
+    files = [("a.v1.png", png_of("red")), ("a.v1.txt", "one")]
+    files += [("a.v2.png", png_of("blue")), ("a.v2.txt", "two")]
+    shards = CaptionedShards(write_tar(tmp_path / "a.tar", *files), 8, on_error="raise")
+    assert shards.captions() == ["one", "two"]
+    assert [x[:, 4, 4].tolist() for x, _ in shards] == [[1, -1, -1], [-1, -1, 1]]
+    assert shards.name(1) == "a.tar/a.v2"
+    path = write_tar(tmp_path / "b.tar", *files[:2], files[2], ("a.v1.jpg", b""))
+    with pytest.warns(UserWarning, match=r"(?s)2 left out.*a\.v2\.png: no caption"):
+        assert CaptionedShards(path).captions() == ["one"]
+
+
+def test_names_in_shards_are_those_of_other_systems_too(tmp_path):
+    files = [("sub\\cafe\u0301.png", png_of("red")), ("sub/caf\u00e9.txt", "coffee")]
+    files += [(".old\\a.png", png_of("red")), (".old\\a.txt", "old")]
+    shards = CaptionedShards(write_tar(tmp_path / "a.tar", *files), on_error="raise")
+    assert shards.captions() == ["coffee"]
+
+
 def test_pictures_before_all_captions_are_found_in_a_shard(tmp_path):
     names = [f"{number}.{kind}" for kind in ("png", "txt") for number in range(3)]
     files = [(n, png_of("red") if n.endswith("png") else f"card {n}") for n in names]
@@ -1373,12 +1409,14 @@ def parquet(tmp_path_factory):
             "image": [*cards, None],
             "text": ["card 0", " card\n1", "card 2", " ", "none"],
             "words": [["card 0", "zero"], ["card 1"], ["card 2"], ["card 3"], []],
+            "numbers": [1, 2, 3, 4, 5],
             "files": ["/dev/zero", str(SHIPPED / "images/00000.png"), None, "no", ""],
         }
         kinds = {
             "image": datasets.Image(),
             "text": datasets.Value("string"),
             "words": datasets.Sequence(datasets.Value("string")),
+            "numbers": datasets.Value("int64"),
             "files": datasets.Value("string"),
         }
         rows = datasets.Dataset.from_dict(columns, datasets.Features(kinds))
@@ -1415,6 +1453,8 @@ def test_columns_of_parquet_may_have_other_names(parquet):
     for column in ("image_column", "caption_column"):
         with pytest.raises(ValueError, match="(?s)cannot read.*nothing.*image_column"):
             open_dataset(replace(config, **{column: "nothing"}))
+    with pytest.raises(ValueError, match="5 broken(?s:.)*row 4: numbers 5 is no text"):
+        open_dataset(replace(config, caption_column="numbers"))
 
 
 def test_rows_may_name_files_but_no_devices(parquet):

@@ -13,6 +13,7 @@ import scipy.linalg
 import torch
 from helpers import load_tool, small_pipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy import ndimage
 from scipy.optimize import brentq
 from scipy.stats import binomtest
@@ -66,7 +67,7 @@ from sdbook.features import (
     open_inception,
     pool_as_in_2015,
 )
-from sdbook.files import read_weights
+from sdbook.files import WeightsError, read_weights
 from sdbook.formats import model_folders
 from sdbook.images import labelled_grid
 from sdbook.pipeline import Pictures, StableDiffusion
@@ -772,6 +773,19 @@ def test_our_clip_from_a_run_and_back(tmp_path):
     assert clip.texts(texts).norm(dim=1).sub(1).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("name", ["text_projection.weight", "image_encoder.row.weight"])
+@pytest.mark.parametrize("change", ["without", "smaller"])
+def test_a_clip_that_does_not_fit_is_named(shipped_clip, tmp_path, name, change):
+    shipped_clip.save_pretrained(tmp_path)
+    tensors = load_file(path := tmp_path / "clip.safetensors")
+    tensor = tensors.pop(name)
+    if change == "smaller":
+        tensors[name] = tensor[:, :-1].contiguous()
+    save_file(tensors, path)
+    with pytest.raises(WeightsError, match="clip.safetensors .*train-clip"):
+        open_clip(tmp_path)
+
+
 def test_clip_of_transformers(shipped_clip, tmp_path):
     import transformers
 
@@ -899,6 +913,17 @@ def test_a_line_that_geneval_does_not_have(tmp_path, line):
     path.write_text(json.dumps(BENCH) + "\n" + line + "\n")
     with pytest.raises(ValueError, match="line 2 of .*prompts.jsonl"):
         read_geneval(path)
+
+
+def test_a_file_of_prompts_that_cannot_be_read(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    with pytest.raises(FileNotFoundError, match="evaluation_metadata.jsonl"):
+        read_geneval(path)
+    path.write_text(json.dumps(BENCH), encoding="utf-16")
+    with pytest.raises(ValueError, match="prompts.jsonl:1: .*UTF-16"):
+        read_geneval(path)
+    path.write_text(json.dumps(BENCH) + "\n\n", encoding="utf-8-sig")
+    assert read_geneval(path) == [BENCH]
 
 
 # ---- the command, and the trade-offs ----

@@ -19,6 +19,7 @@ from sdbook.files import WeightsError, read_json, read_weights, save_weights
 from sdbook.formats import describe, to_original, told_schedule
 from sdbook.pipeline import StableDiffusion, find_scheduler
 from sdbook.run.unet import check_schedule
+from sdbook.run.unet import find_sizes as find_training_sizes
 from sdbook.schedulers import PNDMScheduler
 from sdbook.training import TrainingConfig
 from sdbook.unet import UNet, UNetConfig
@@ -415,6 +416,8 @@ def test_models_for_other_tasks_are_named(original, folder, tmp_path, channels, 
     edit(folder / "unet" / "config.json", in_channels=channels)
     with pytest.raises(WeightsError, match=f"an .*{task} model.*{channels} channels"):
         StableDiffusion.from_pretrained(folder)
+    with pytest.raises(WeightsError, match=f"an .*{task} model"):
+        find_training_sizes(TrainingConfig(pretrained=str(folder)))
 
 
 @pytest.mark.parametrize("length", [None, 10**30])

@@ -9,7 +9,8 @@ import torch
 from helpers import load_tool, relative_error, small_pipeline
 from PIL import Image
 
-from sdbook.pipeline import StableDiffusion, as_pixels
+from sdbook.inputs import as_pixels, picture_size
+from sdbook.pipeline import StableDiffusion
 from sdbook.schedulers import SCHEDULERS, PNDMScheduler, make_scheduler
 from sdbook.vae import AutoencoderKL, in_tiles, tile_starts
 
@@ -159,6 +160,103 @@ def test_a_picture_for_each_prompt_and_one_for_all(pipe):
     assert np.abs(one[0] - both[0]).max() < 1e-5
 
 
+def one_pixel(mode, value, **info):
+    picture = Image.new(mode, (4, 4), value)
+    picture.info.update(info)
+    return picture
+
+
+@pytest.mark.filterwarnings("ignore:the transparent part")
+@pytest.mark.parametrize(
+    "picture, rgb",
+    [
+        (one_pixel("RGBA", (200, 0, 0, 0)), (255, 255, 255)),  # the red is hidden
+        (one_pixel("RGBA", (200, 0, 0, 255)), (200, 0, 0)),
+        (one_pixel("LA", (0, 0)), (255, 255, 255)),
+        (one_pixel("LA", (10, 255)), (10, 10, 10)),
+        (one_pixel("P", 0, transparency=0), (255, 255, 255)),
+        (one_pixel("RGB", (1, 2, 3), transparency=(1, 2, 3)), (255, 255, 255)),
+        (one_pixel("CMYK", (0, 255, 255, 0)), (255, 0, 0)),
+        (one_pixel("1", 1), (255, 255, 255)),
+        (one_pixel("I;16", 65_535), (255, 255, 255)),
+        (one_pixel("I;16", 0x8080), (128, 128, 128)),
+        (one_pixel("I", 65_535), (255, 255, 255)),
+        (one_pixel("F", 0.6), (153, 153, 153)),
+        (one_pixel("HSV", (0, 255, 255)), (255, 0, 0)),
+    ],
+    ids=lambda value: getattr(value, "mode", ""),
+)
+def test_every_mode_is_the_picture_that_one_sees(picture, rgb):
+    expected = torch.tensor(rgb).view(1, 3, 1, 1).expand(1, 3, 8, 8)
+    for given in (picture, [picture]):
+        assert torch.equal(as_pixels(given, 8, 8).mul(255).round(), expected.float())
+    mask = as_pixels(one_pixel("L", rgb[0]), 8, 8, mode="L")
+    assert torch.equal(mask.mul(255).round(), torch.full((1, 1, 8, 8), rgb[0]))
+
+
+@pytest.mark.parametrize("mode, value", [("F", 255.0), ("F", -1.0), ("I", 65_536)])
+def test_pixels_beyond_what_a_mode_may_mean_are_refused(mode, value):
+    for kind in ("RGB", "L"):
+        with pytest.raises(ValueError, match="pixels beyond"):
+            as_pixels(one_pixel(mode, value), 4, 4, mode=kind)
+
+
+def test_transparency_is_white_as_in_training_and_said(pipe):
+    picture = some_pictures(1, 32, 32)[0]
+    clear = picture.convert("RGBA")
+    clear.paste((255, 0, 0, 0), (0, 0, 16, 32))
+    white = picture.copy()
+    white.paste("white", (0, 0, 16, 32))
+    options = dict(num_inference_steps=2, output_type="np", progress=False)
+    expected = pipe("a boat", image=white, **options).images
+    with pytest.warns(UserWarning, match="transparent part .* white.* mask"):
+        images = pipe("a boat", image=clear, **options).images
+    assert np.array_equal(images, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is transparent here
+        images = pipe("a boat", image=white.convert("RGBA"), **options).images
+    assert np.array_equal(images, expected)
+
+
+def test_a_mask_is_white_and_not_transparent():
+    clear = Image.new("RGBA", (4, 4), (255, 255, 255, 0))
+    for mask in (clear, clear.convert("LA"), one_pixel("P", 0, transparency=0)):
+        with pytest.raises(ValueError, match="mask of mode .*transparency.*white"):
+            as_pixels(mask, 4, 4, mode="L")
+    half = np.zeros((4, 4), np.uint8)
+    half[:, 2:] = 255
+    plain = Image.fromarray(half)
+    for mode in ("RGBA", "LA", "P", "CMYK", "1", "I;16", "F"):
+        mask = plain.convert(mode if mode not in ("I;16", "F") else "L")
+        if mode == "F":
+            mask = Image.fromarray(half.astype(np.float32) / 255)
+        if mode == "I;16":
+            mask = Image.fromarray(half.astype(np.uint16) * 257)
+        found = as_pixels(mask, 4, 4, mode="L")
+        assert torch.equal(found[0, 0].round(), torch.from_numpy(half / 255).float())
+
+
+def test_a_turned_photograph_is_upright(tmp_path):
+    picture, exif = some_pictures(1, 20, 40)[0], Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    picture.save(tmp_path / "one.png", exif=exif)
+    turned = Image.open(tmp_path / "one.png")
+    assert picture_size(turned) == (40, 20)
+    expected = as_pixels(picture.transpose(Image.Transpose.ROTATE_270), 40, 20)
+    assert torch.equal(as_pixels(turned, 40, 20), expected)
+
+
+def test_arrays_of_every_layout_are_read():
+    array = np.asarray(some_pictures(1, 8, 8)[0], np.float64) / 255
+    expected = as_pixels(array, 8, 8)
+    for other in (array[::-1][::-1], array.astype(">f8"), np.asfortranarray(array)):
+        assert torch.equal(as_pixels(other, 8, 8), expected)
+    assert torch.equal(as_pixels(array[:, ::-1], 8, 8), expected.flip(3))
+    for kind in (object, complex, "U8"):
+        with pytest.raises(ValueError, match="array of"):
+            as_pixels(np.ones((8, 8, 3)).astype(kind), 8, 8)
+
+
 def test_sizes_of_pictures(pipe):
     picture = some_pictures(1, 33, 47)[0]
     options = dict(num_inference_steps=1, strength=1.0, progress=False)
@@ -245,7 +343,7 @@ PICTURE = some_pictures(1, 32, 32)[0]
         ),
         (dict(image=torch.ones(3, 32, 32), height=16), r"expected \(b, 3, 16, 32\)"),
         (dict(image=PICTURE, mask=torch.ones(16, 16)), r"expected \(b, 1, 32, 32\)"),
-        (dict(image=[PICTURE] * 2), "2 pictures or masks for 1 prompts"),
+        (dict(image=[PICTURE] * 2), "2 pictures or masks for 1 prompt;"),
         (
             dict(prompt=["a boat"] * 4, image=[PICTURE] * 2),
             "2 pictures or masks for 4 prompts",

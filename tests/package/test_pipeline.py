@@ -1,24 +1,31 @@
 """The pipeline against diffusers', and every way to call it wrongly."""
 
+import inspect
 import json
 import math
 import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 from helpers import WORDS, relative_error, small_pipeline
+from huggingface_hub import HfApi
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from sdbook.clip import Tokenizer
+from sdbook.files import as_path
 from sdbook.formats import find_model, shipped_models
-from sdbook.pipeline import StableDiffusion, guide, prepare_prompts
+from sdbook.inputs import prepare_prompts
+from sdbook.pipeline import StableDiffusion, guide
 from sdbook.schedulers import DDIMScheduler, DDPMScheduler
 from sdbook.unet import UNet, UNetConfig
+from sdbook.vae import AutoencoderKL, VAEConfig
 
 SD = dict(
     beta_start=0.00085,
@@ -160,6 +167,12 @@ def test_half_files_and_half_models(pipe, tmp_path):
     assert np.abs(draw(half) - draw(pipe)).max() < 0.2
     back = half.to("cpu", torch.float32)
     assert back is half and back.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["float16", 16, np.float16])
+def test_a_dtype_is_one_of_torch(folder, dtype):
+    with pytest.raises(ValueError, match="dtype=.*torch.float16"):
+        inspect.unwrap(StableDiffusion.from_pretrained)(StableDiffusion, folder, dtype)
 
 
 def test_a_scheduler_that_we_lack_gives_ddim_with_a_warning(folder, tmp_path):
@@ -375,6 +388,203 @@ def test_calls_that_cannot_be_drawn(pipe, monkeypatch, options, message):
         draw(pipe, **options)
 
 
+def call(pipe, **options):
+    """A call as everybody makes it: only in the tests annotations are checked."""
+    with torch.no_grad():
+        options = {"prompt": "a boat", "num_inference_steps": 1} | options
+        return inspect.unwrap(StableDiffusion.__call__)(pipe, progress=False, **options)
+
+
+WHOLE, NUMBER = "expected a whole number", "expected a number"
+
+
+@pytest.mark.parametrize(
+    "name, values, words",
+    [
+        ("num_inference_steps", ("3", 1.5, 2.0, True, None, math.nan), WHOLE),
+        ("num_images_per_prompt", ("2", 1.0, True, 2**63, [1]), WHOLE),
+        ("height", ("16", 16.0, True, 2**63), WHOLE),
+        ("width", (np.float32(16), [16], np.True_), WHOLE),
+        ("seed", ("3", 3.0, math.nan, True, [1.0], [None], range(1)), WHOLE),
+        ("guidance_scale", ("3", True, None, 3j, 10**400, [3]), NUMBER),
+        ("eta", ("0", True, math.nan, None), NUMBER),
+        ("clip_skip", ("1", 1.0, True), WHOLE),
+        ("clip_skip", (2, -1, 2**63), "2 layers"),
+        ("callback", (5, "print"), "expected a function"),
+        ("output_type", (None, ["pil"], 1), "choose one of pil, np, pt, latent"),
+        ("latents", ([0], np.zeros((1, 4, 8, 8))), "tensor of floats"),
+        ("latents", (torch.zeros(1, 4, 8, 8, dtype=torch.int64),), "tensor of floats"),
+        ("latents", (torch.full((1, 4, 8, 8), math.nan),), "NaN"),
+        ("prompt", ("\ud800", ["a", "b \udcff c"]), "half of a character"),
+        ("negative_prompt", ("\ud800",), "half of a character"),
+    ],
+)
+def test_arguments_of_a_wrong_type(pipe, monkeypatch, name, values, words):
+    for part in (pipe.unet, pipe.text_encoder):
+        monkeypatch.setattr(part, "forward", None)  # nothing may be computed
+    for value in values:
+        with pytest.raises(ValueError, match=words) as caught:
+            call(pipe, **{name: value})
+        assert name in str(caught.value) or "prompt" in name
+
+
+def test_numbers_of_numpy_are_numbers(pipe):
+    plain = dict(num_inference_steps=2, height=16, width=16, seed=3, guidance_scale=2.5)
+    numpy = dict(
+        num_inference_steps=np.int64(2), height=np.int32(16), width=np.uint8(16),
+        seed=np.uint16(3), guidance_scale=np.float32(2.5), eta=np.float64(0),
+        num_images_per_prompt=np.int8(1), clip_skip=np.int64(0),
+    )  # fmt: skip
+    ours = call(pipe, output_type="np", **numpy)
+    assert np.array_equal(ours.images, call(pipe, output_type="np", **plain).images)
+    assert ours.seeds == [3] and type(ours.seeds[0]) is int
+    again = call(pipe, output_type="np", **(plain | {"seed": [np.int64(3)]}))
+    assert np.array_equal(ours.images, again.images)
+
+
+@pytest.mark.parametrize("kind", [5, None, DDIMScheduler, diffusers.DDIMScheduler()])
+def test_a_scheduler_is_one_of_ours(pipe, kind):
+    before = pipe.scheduler
+    with pytest.raises(ValueError, match="scheduler of type"):
+        inspect.unwrap(StableDiffusion.scheduler.fset)(pipe, kind)
+    assert pipe.scheduler is before
+
+
+def test_halves_of_characters_are_named_by_the_tokenizer_too(pipe):
+    with pytest.raises(ValueError, match="half of a character"):
+        pipe.tokenizer(["a boat", "\udce9t\udce9"])
+
+
+# ---- which layer reads ----
+
+
+def test_clip_skip_equals_diffusers(tmp_path):
+    """diffusers counts from the last layer, and reads the negative prompt with all."""
+    pipe = small_pipeline()
+    config = type(pipe.text_encoder.config)(
+        **{**vars(pipe.text_encoder.config), "num_hidden_layers": 4}
+    )
+    pipe.text_encoder = type(pipe.text_encoder)(config).eval()
+    pipe.save_pretrained(tmp_path)
+    reference = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
+    reference.set_progress_bar_config(disable=True)
+    ids = pipe.tokenizer(["a red star"])
+    seen = reference.text_encoder(ids, output_hidden_states=True).hidden_states
+    if not hasattr(reference.text_encoder, "text_model"):  # which diffusers asks
+        reference.text_encoder.text_model = reference.text_encoder
+    options = dict(num_inference_steps=3, guidance_scale=4.0, output_type="np")
+    pictures = {}
+    for skip in (0, 1, 3):
+        context = pipe.encode_prompt(["a red star"], skip)
+        last = reference.text_encoder.text_model.final_layer_norm(seen[-1 - skip])
+        assert relative_error(context, last.detach()) < 1e-5
+        ours = pictures[skip] = pipe(
+            "a red star", "blue", seed=3, clip_skip=skip, progress=False, **options
+        ).images
+        theirs = reference(
+            "a red star", negative_prompt="blue", clip_skip=skip,
+            generator=torch.Generator().manual_seed(3), **options,
+        ).images  # fmt: skip
+        assert relative_error(ours, theirs) < 1e-4
+    plain = pipe("a red star", "blue", seed=3, progress=False, **options).images
+    assert np.array_equal(plain, pictures[0])
+    assert np.abs(pictures[1] - pictures[0]).max() > 1e-4
+
+
+# ---- a VAE from elsewhere, and the way to the hub ----
+
+
+def without_vae(pipe, path):
+    """An original file of a model, but for its VAE."""
+    pipe.save_original(path)
+    tensors = {k: t for k, t in load_file(path).items() if "first_stage" not in k}
+    save_file(tensors, path)
+    return path
+
+
+def test_a_vae_for_a_file_without_one(folder, tmp_path):
+    pipe = StableDiffusion.from_pretrained(folder)
+    file = without_vae(pipe, tmp_path / "no_vae.safetensors")
+    options = dict(config=folder, tokenizer=folder)
+    with pytest.raises(ValueError, match="no AutoencoderKL.*vae="):
+        StableDiffusion.from_pretrained(file, **options)
+    pipe.vae.save_pretrained(tmp_path / "alone")
+    for source in (folder, folder / "vae", tmp_path / "alone"):
+        again = StableDiffusion.from_pretrained(file, vae=source, **options)
+        assert_same_weights(again, pipe)
+    weights = tmp_path / "alone" / AutoencoderKL.weights_name  # its config beside it
+    again = StableDiffusion.from_pretrained(file, vae=weights, **options)
+    assert_same_weights(again, pipe)
+    with pytest.raises(ValueError, match="no UNet2DConditionModel"):
+        StableDiffusion.from_pretrained(weights, vae=weights, **options)
+
+
+def test_a_vae_in_place_of_a_folders_own(pipe, folder, tmp_path):
+    torch.manual_seed(8)
+    other = AutoencoderKL(pipe.vae.config)
+    other.save_pretrained(tmp_path / "vae")
+    model = copy_of(folder, tmp_path)
+    own = StableDiffusion.from_pretrained(model)
+    shutil.rmtree(model / "vae")  # nobody needs it
+    again = StableDiffusion.from_pretrained(model, vae=tmp_path / "vae")
+    for key, tensor in again.vae.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[key])
+    assert relative_error(draw(again, output_type="latent"),
+                          draw(own, output_type="latent")) < 1e-5  # fmt: skip
+    narrow = {**vars(pipe.vae.config), "latent_channels": 3}
+    AutoencoderKL(VAEConfig(**narrow)).save_pretrained(tmp_path / "narrow")
+    with pytest.raises(ValueError, match="latent_channels is 3"):
+        StableDiffusion.from_pretrained(model, vae=tmp_path / "narrow")
+    with pytest.raises(ValueError, match="path of a vae is ''"):
+        StableDiffusion.from_pretrained(model, vae="")
+    with pytest.raises(ValueError, match="(?s)path of a vae is Auto.{,80}; give"):
+        as_path(other, "a vae")
+
+
+def test_push_to_hub_uploads_the_whole_folder(pipe, folder, monkeypatch):
+    asked, uploaded = {}, []
+
+    class Made(str):
+        repo_id = "me/stars"
+
+    def create_repo(self, repo_id, **options):
+        asked.update(repo_id=repo_id, **options)
+        return Made("https://huggingface.co/me/stars")
+
+    def upload_folder(self, *, repo_id, folder_path):
+        assert repo_id == "me/stars"
+        StableDiffusion.from_pretrained(folder_path)
+        found = (p for p in Path(folder_path).rglob("*") if p.is_file())
+        uploaded.extend(sorted(str(p.relative_to(folder_path)) for p in found))
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    assert pipe.push_to_hub("stars", private=True) == "https://huggingface.co/me/stars"
+    assert asked == {"repo_id": "stars", "private": True, "exist_ok": True}
+    kept = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    assert uploaded == kept
+
+
+def test_push_to_hub_fits_the_library():
+    for name, given in (
+        ("create_repo", ("repo_id", "private", "exist_ok")),
+        ("upload_folder", ("repo_id", "folder_path")),
+    ):
+        assert set(given) <= inspect.signature(getattr(HfApi, name)).parameters.keys()
+
+
+def test_push_to_hub_says_what_is_in_the_way(pipe, monkeypatch):
+    def offline(*given, **options):
+        raise ConnectionError("no route to host\nfor ever")
+
+    monkeypatch.setattr(HfApi, "create_repo", offline)
+    with pytest.raises(OSError, match="'me/x'.*no route to host.*hf auth login"):
+        pipe.push_to_hub("me/x")
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="a b.*owner/model"):  # refused by the library
+        pipe.push_to_hub("a b")
+
+
 @pytest.mark.parametrize("prompt, kind", [(None, "NoneType"), (["a", 3], "int")])
 def test_prompts_are_texts(prompt, kind):
     with pytest.raises(ValueError, match=f"prompt of type {kind}"):
@@ -456,6 +666,19 @@ def test_a_tokenizer_of_another_model_is_refused(pipe):
 def test_latents_that_overflowed_are_not_drawn(pipe):
     with pytest.raises(ValueError, match="UNet overflowed in torch.float32"):
         pipe.decode(torch.full((1, 4, 8, 8), torch.nan))
+    with pytest.raises(ValueError, match="not finite"):
+        pipe.decode(torch.full((1, 4, 8, 8), torch.inf), "latent")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_vae_that_overflows_in_float32_is_an_error(folder, dtype):
+    pipe = StableDiffusion.from_pretrained(folder, dtype=dtype)
+    pipe.vae.decoder.register_forward_hook(lambda module, given, out: out * torch.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is asked again
+        with pytest.raises(ValueError, match="VAE overflowed in float32"):
+            draw(pipe)
+    assert next(pipe.vae.parameters()).dtype == dtype
 
 
 def test_weights_of_another_model_list_the_keys(folder, tmp_path):

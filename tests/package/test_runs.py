@@ -94,6 +94,15 @@ def test_bad_steps_push_no_good_checkpoint_out(tmp_path):
     assert read_checkpoint(tmp_path / "checkpoints/step-00000040.pt")["step"] == 40
 
 
+def test_a_run_whose_only_checkpoint_is_spoiled_says_zero(tmp_path):
+    run_line(line_config(tmp_path, checkpoint_every=1, keep_checkpoints=1, max_steps=3))
+    more = line_config(tmp_path, checkpoint_every=1, keep_checkpoints=1, max_steps=9)
+    with pytest.warns(UserWarning, match="max_steps was 3"):
+        with pytest.raises(ValueError, match="goes on from step 0"):
+            run_line(more, spoiled_loss(range(4, 9)))
+    assert not names(tmp_path / "checkpoints")
+
+
 def test_ctrl_c_in_bad_steps_says_where_it_goes_on(tmp_path):
     spoiled = spoiled_loss(range(7, 1000))
 
@@ -295,11 +304,13 @@ MEANS = {
     "exp_avg": torch.zeros(1),
     "exp_avg_sq": torch.ones(9),
 }
+LOST = {name: torch.full((1, 1), float("nan")) for name in ("exp_avg", "exp_avg_sq")}
 FOREIGN = {
     "optimiser of other shapes": dict(optimiser={"state": {0: MEANS}}),
     "optimiser of more weights": dict(optimiser={"state": {7: MEANS}}),
     "optimiser of numbers": dict(optimiser={"state": {0: 5}}),
     "optimiser of nothing": dict(optimiser=None),
+    "optimiser that is lost": dict(optimiser={"state": {0: LOST}}),
     "model of numbers": dict(model={"weight": 1}),
     "average that is lost": dict(ema={"weight": torch.tensor([[float("nan")]])}),
     "average of numbers": dict(ema=3),

