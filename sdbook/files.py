@@ -243,7 +243,8 @@ def check_sums(path: Path, *version: int) -> None:
 
     `version` (its time and size) makes a program ask once.
     """
-    sums, wrong = json.loads(read_facts(path).get("crc32", "{}")), []
+    told, wrong = read_facts(path).get("crc32", ""), []
+    sums = json.loads(told) if told.startswith("{") else {}  # or not of our making
     buffer = memoryview(bytearray(2**20))  # mapped pages would stay in memory
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -445,8 +446,11 @@ def explain(path: Path, error: Exception) -> Exception:
 
 
 def is_hub_id(name: str | os.PathLike) -> bool:
-    """Whether a name looks like `owner/model` and is nothing on this machine."""
-    looks = re.fullmatch(r"[\w-][\w.-]*/[^/]+", str(name))
+    """Whether a name looks like `owner/model` and is nothing on this machine.
+
+    What is in runs/, where our trainings write, never does.
+    """
+    looks = re.fullmatch(r"(?!runs/)[\w-][\w.-]*/[^/]+", str(name))
     return bool(looks) and not Path(name).exists()
 
 

@@ -464,6 +464,7 @@ def find_part(name: str | os.PathLike, part: str, weights: bool = True) -> Path:
     with the book, or a hub id. Raises FileNotFoundError, saying what there is.
     """
     path, shipped = as_path(name, f"a {part}"), shipped_models()
+    finish_saving(path)
     here = path.is_file() or (path / part).is_dir() or any(path.glob("*config.json"))
     if not here and str(name) in shipped:
         path = shipped[str(name)]

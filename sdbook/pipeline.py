@@ -321,7 +321,7 @@ class StableDiffusion:
         Every weight is in it, bit for bit (or as `dtype`); the sizes, the tokenizer and
         the scheduler are not. `from_pretrained(path)` reads it, and so do others.
         """
-        tensors = {}
+        path, tensors = as_path(path, "what to save"), {}
         for part in (self.unet, self.vae, self.text_encoder):
             tensors |= to_original(part)
         save_weights({k: t.to(dtype or t.dtype) for k, t in tensors.items()}, path)

@@ -50,8 +50,9 @@ def load_scheduler(folder: str | Path) -> Scheduler:
     """
     path, model = Path(folder) / "scheduler_config.json", Path(folder).parent
     written, options = read_options(path)
-    names = read_json(model / "model_index.json").get("scheduler")
-    name, options["clip_sample"] = (names or [None, written])[1], False
+    named = read_json(model / "model_index.json").get("scheduler")
+    pair = isinstance(named, list) and len(named) == 2
+    name, options["clip_sample"] = (named[1] if pair else written), False
     with about(path):
         if name in REPLACED:
             warnings.warn(f"{path}: there is no {name}; using ddim", stacklevel=3)

@@ -66,10 +66,13 @@ def check_options(kind: type, options: dict) -> None:
     total = own["num_train_timesteps"]
     limits = {"num_train_timesteps": (1, MOST_STEPS), "steps_offset": (0, total)}
     for name, (least, most) in limits.items():  # more would be a slip, or a trap
-        if not isinstance(own[name], int) or not least <= own[name] <= most:
+        if type(own[name]) is not int or not least <= own[name] <= most:
             raise ValueError(
                 f"{name}={own[name]!r:.40}: expected an integer from {least} to {most}"
             )
+    reach = own.get("clip_sample_range", 1.0)
+    if type(reach) not in (int, float) or not 0 < reach < math.inf:
+        raise ValueError(f"clip_sample_range={reach!r}: expected a number above 0")
     betas = own["beta_start"], own["beta_end"]
     if {*map(type, betas)} - {int, float} or not 0 < betas[0] <= betas[1] < 1:
         raise ValueError(f"betas {betas}: expected 0 < beta_start <= beta_end < 1")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import sdbook.files
 from sdbook.clip import CLIPTextModel
 from sdbook.files import WeightsError, read_json, read_weights, save_weights
-from sdbook.formats import describe, to_original, told_schedule
+from sdbook.formats import describe, find_part, to_original, told_schedule
 from sdbook.pipeline import StableDiffusion, find_scheduler
 from sdbook.run.unet import check_schedule
 from sdbook.run.unet import find_sizes as find_training_sizes
@@ -126,8 +126,11 @@ def test_an_interrupted_save_mixes_nothing(pipe, other, folder, monkeypatch, mom
     assert committed == (moment > 0)
     if not committed:
         assert {k: v for k, v in contents(folder).items() if k[0] != "."} == before
-    again = StableDiffusion.from_pretrained(folder)
     expected = other if committed else pipe
+    copy = shutil.copytree(folder, folder.with_name("copy"))
+    vae = AutoencoderKL.from_pretrained(find_part(copy, "vae"))
+    assert same(vae, expected.vae)  # a part alone is as new
+    again = StableDiffusion.from_pretrained(folder)
     for part in ("unet", "vae", "text_encoder"):
         assert same(getattr(again, part), getattr(expected, part))
     other.save_pretrained(folder)  # and the next save cleans up
@@ -267,6 +270,27 @@ def test_others_open_files_with_check_sums(pipe, saved):
     with torch.no_grad():
         found = theirs(ids).last_hidden_state
         assert relative_error(pipe.text_encoder(ids), found) < 1e-5
+
+
+@pytest.mark.parametrize("theirs", ["3610a686", "[1]", "null", ""])
+def test_sums_of_other_programs_are_left_alone(tmp_path, theirs):
+    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors", {"crc32": theirs})
+    assert read_weights(tmp_path / "a.safetensors")["a"].tolist() == [1, 1]
+
+
+def test_what_is_in_runs_is_no_hub_id(tmp_path, monkeypatch):
+    """A training that was not run yet is not asked for on the network."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no model 'runs/unet'"):
+        StableDiffusion.from_pretrained("runs/unet")
+    with pytest.raises(FileNotFoundError, match="no model 'runs/my-vae'.*train-vae"):
+        find_training_sizes(TrainingConfig(vae_weights_path="runs/my-vae"))
+
+
+@pytest.mark.parametrize("path", ["", " "])
+def test_a_file_to_save_has_a_name(pipe, path):
+    with pytest.raises(ValueError, match="the path of what to save"):
+        pipe.save_original(path)
 
 
 def test_describe_says_whether_a_file_can_be_checked(saved, tmp_path):

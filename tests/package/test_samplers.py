@@ -573,6 +573,24 @@ def test_a_sampler_that_we_lack_hinders_nothing_but_drawing(name, options, tmp_p
     assert saved.items() >= {"_class_name": name, **options}.items()
 
 
+@pytest.mark.parametrize("option, value", [
+    ("num_train_timesteps", True), ("num_train_timesteps", 10**9), ("beta_start", "x"),
+    ("clip_sample_range", "a"), ("clip_sample_range", float("nan")),
+])  # fmt: skip
+def test_options_that_cannot_be_meant_are_named(option, value, tmp_path):
+    options = {**SD, "_class_name": "DDIMScheduler", option: value}
+    folder = model_with(tmp_path, "DDIMScheduler", **options)
+    with pytest.raises(ValueError, match=f"scheduler_config.json.*{option[:4]}"):
+        load_scheduler(folder).set_timesteps(4)
+
+
+@pytest.mark.parametrize("entry", [5, [], ["diffusers"], None])
+def test_an_index_that_names_no_sampler_leaves_it_to_the_file(entry, tmp_path):
+    folder = model_with(tmp_path, "PNDMScheduler", _class_name="DDIMScheduler", **SD)
+    (folder.parent / "model_index.json").write_text(json.dumps({"scheduler": entry}))
+    assert type(load_scheduler(folder)).__name__ == "DDIMScheduler"
+
+
 @pytest.mark.parametrize("name", sorted(REPLACED))
 def test_a_sampler_that_ddim_can_replace_is_replaced_with_a_warning(name, tmp_path):
     assert name in diffusers.schedulers.KarrasDiffusionSchedulers.__members__
