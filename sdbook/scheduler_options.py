@@ -63,13 +63,10 @@ def check_options(kind: type, options: dict) -> None:
                 f"choose from {', '.join(map(str, allowed[name]))}"
             )
     own = kind.defaults | options
-    total = own["num_train_timesteps"]
-    limits = {"num_train_timesteps": (1, MOST_STEPS), "steps_offset": (0, total)}
-    for name, (least, most) in limits.items():  # more would be a slip, or a trap
-        if type(own[name]) is not int or not least <= own[name] <= most:
-            raise ValueError(
-                f"{name}={own[name]!r:.40}: expected an integer from {least} to {most}"
-            )
+    for name, least in (("num_train_timesteps", 1), ("steps_offset", 0)):
+        if type(own[name]) is not int or not least <= own[name] <= MOST_STEPS:
+            raise ValueError(f"{name}={own[name]!r:.40}: expected an integer from "
+                             f"{least} to {MOST_STEPS}")  # more is a slip, or a trap
     reach = own.get("clip_sample_range", 1.0)
     if type(reach) not in (int, float) or not 0 < reach < math.inf:
         raise ValueError(f"clip_sample_range={reach!r}: expected a number above 0")

@@ -36,7 +36,7 @@ from .files import (
 
 __all__ = [
     "load_strictly", "CLUES", "WIDTHS", "family", "LIMITS", "is_of_type", "about",
-    "Config", "Pretrained", "Undrawn", "build_empty", "fill", "refuse_options", "MOVED",
+    "Config", "Pretrained", "Undrawn", "build_empty", "fill", "refuse_options",
 ]
 
 
@@ -331,11 +331,11 @@ def refuse_options(source: str | os.PathLike, kind: str, **options) -> None:
         )
 
 
-MOVED = {"NAMINGS", "averaged_name", "rename_all", "renamed_keys", "to_original"}
+_MOVED = {"NAMINGS", "averaged_name", "rename_all", "renamed_keys", "to_original"}
 
 
 def __getattr__(name: str):
     """Those of `sdbook.formats`, which stands above, when they are asked for."""
-    if name not in MOVED:
+    if name not in _MOVED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module("sdbook.formats"), name)

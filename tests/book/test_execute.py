@@ -252,3 +252,32 @@ def test_stored_chapters_are_normal_and_small(path):
     execute.normalise(notebook)
     execute.check_sizes(notebook)
     assert execute.to_text(notebook) == path.read_text("utf-8"), "run `make execute`"
+
+
+def test_pictures_of_another_processor_are_the_same():
+    """A cosine's last bit is no change; a picture that one can tell apart is."""
+    import base64
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    def png(array):
+        file = io.BytesIO()
+        Image.fromarray(array.astype("uint8")).save(file, "PNG")
+        return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+    def svg(text):
+        return f"data:image/svg+xml;base64,{base64.b64encode(text.encode()).decode()}"
+
+    grey = np.full((20, 20, 3), 128)
+    near, far, other = grey.copy(), grey.copy(), grey + 2
+    near[3, 3], far[3, 3] = 130, 140
+    assert execute.alike(png(grey), png(near))
+    for changed in (far, other, grey[:10]):
+        assert not execute.alike(png(grey), png(changed))
+    line = svg('<path id="s01234567-0" d="M 1.000000 2.500000"/>')
+    assert execute.alike(line, svg('<path id="s89abcdef-0" d="M 1.000001 2.5"/>'))
+    assert not execute.alike(line, svg('<path id="s01234567-0" d="M 1.1 2.500000"/>'))
+    assert not execute.alike(line, line + " and a word")
+    assert not execute.alike(line, png(grey))

@@ -341,7 +341,7 @@ def test_an_option_that_is_off_may_be_unknown(value):
 def test_names_are_found_where_they_once_stood():
     from sdbook import evaluation, features, files, formats, weights
 
-    for name in weights.MOVED:
+    for name in weights._MOVED:
         assert getattr(weights, name) is getattr(formats, name)
     assert weights.write_atomically is files.write_atomically
     assert evaluation.OurCLIP is features.BookCLIP

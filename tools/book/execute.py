@@ -16,6 +16,7 @@ fails, or that shows more than 300 kB in one cell, is left as it was.
 import argparse
 import base64
 import hashlib
+import io
 import json
 import os
 import re
@@ -25,8 +26,10 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST_OUTPUT = 300_000  # bytes in one cell: a page with ten of them still loads
@@ -352,12 +355,49 @@ def write(path: Path, text: str) -> bool:
 
 
 def changed_cells(before: nbformat.NotebookNode, after: nbformat.NotebookNode) -> list:
-    """The ids of the cells whose stored form changed."""
+    """The ids of the cells whose stored form changed, to the eye."""
     return [
         new.id
         for old, new in zip(before.cells, after.cells, strict=True)
-        if json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True)
+        if not alike(json.dumps(old, sort_keys=True), json.dumps(new, sort_keys=True))
     ]
+
+
+def alike(one: str, other: str) -> bool:
+    """Whether texts are equal, their pictures up to the rounding of another processor.
+
+    A PNG may differ by 3 of 255 in a hundredth of its values, a number in an SVG by a
+    hundredth of a point.
+    """
+    if one == other:
+        return True
+    if DATA_URI.sub("", one) != DATA_URI.sub("", other):
+        return False
+    pairs = zip(DATA_URI.findall(one), DATA_URI.findall(other), strict=True)
+    look = {"png": alike_png, "svg+xml": alike_svg}
+    return all(
+        kind == other_kind and (here == there or look[kind](here, there))
+        for (kind, here), (other_kind, there) in pairs
+    )
+
+
+def alike_png(one: str, other: str) -> bool:
+    images = [Image.open(io.BytesIO(base64.b64decode(text))) for text in (one, other)]
+    here, there = (np.asarray(image.convert("RGBA"), dtype=int) for image in images)
+    if here.shape != there.shape:
+        return False
+    apart = np.abs(here - there)
+    return apart.max() <= 3 and (apart > 0).mean() <= 0.01
+
+
+def alike_svg(one: str, other: str) -> bool:
+    here, there = (
+        re.split(r"(-?\d+\.\d+)", re.sub(r"s[0-9a-f]{8}-", "s-", text))
+        for text in (base64.b64decode(text).decode() for text in (one, other))
+    )
+    if here[::2] != there[::2]:
+        return False
+    return all(abs(float(a) - float(b)) < 0.01 for a, b in zip(here[1::2], there[1::2]))
 
 
 def execute(path: Path, timeout: int, check: bool, measure: bool = False) -> str:
@@ -371,6 +411,10 @@ def execute(path: Path, timeout: int, check: bool, measure: bool = False) -> str
     if measure:
         write_on_card(notebook, seconds, peak)
     normalise(notebook)
+    for old, new in zip(before.cells, notebook.cells, strict=True):
+        outputs = [json.dumps(cell.get("outputs")) for cell in (old, new)]
+        if old.get("outputs") and alike(*outputs):
+            new.outputs = old.outputs  # as another processor drew them
     check_sizes(notebook)
     text = to_text(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
