@@ -46,6 +46,16 @@ def test_the_card_says_what_was_measured(path):
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_no_drawing_is_compared(path):
+    """Another matplotlib draws other paths, another PyTorch other pixels."""
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "code" and "# NBVAL_CHECK_OUTPUT" in cell.source:
+            for output in cell.outputs:
+                page = output.get("data", {}).get("text/html", "")
+                assert len(page) < 2000, f"{cell.id}: draw in a cell of its own"
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_exercises_can_be_checked_and_have_solutions(path):
     text, code = ("\n".join(sources(path, kind)) for kind in ("markdown", "code"))
     exercises = text.count(":::{exercise}")
