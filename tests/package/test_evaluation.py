@@ -939,7 +939,8 @@ def small_model(tmp_path_factory):
     averaged = {key: tensor * 0.5 for key, tensor in raw.items()}
     (run / "checkpoints").mkdir()
     checkpoint = run / "checkpoints" / "step-00000007.pt"
-    torch.save({"step": 7, "model": raw, "ema": averaged}, checkpoint)
+    state = {"step": 7, "model": raw, "ema": averaged, "optimiser": {"state": {}}}
+    torch.save(state, checkpoint)
     return run
 
 
