@@ -24,7 +24,7 @@ def test_every_figure_is_what_the_records_say(capsys):
 @pytest.mark.parametrize("name", TOLD)
 def test_no_score_is_typed_by_hand(name):
     text = (ROOT / name).read_text(encoding="utf-8")
-    assert len(records.FIGURE.findall(text)) >= 2
+    assert records.FIGURE.search(text)
     assert by_hand(text) == []
 
 
