@@ -1,24 +1,23 @@
 """The shipped model as ONNX files, which a web page can run.
 
-    tools/book/export_onnx.py                    data/models/scenes into _build/play
+    tools/book/export_onnx.py                    data/models/scenes into _build/onnx
     tools/book/export_onnx.py --model FOLDER --out FOLDER
 
 Writes text.onnx, unet.onnx and vae.onnx (the decoder), and model.json with all that
 JavaScript needs besides: sizes, the scheduler's options, the words. `make book` does it
-by itself, and again only when the model, or this file, has changed. It needs the
-packages onnx and onnxscript.
+by itself (sphinx_play.py), and again only when the model, or this file, has changed. It
+needs the packages onnx and onnxscript.
 
 - Shapes are fixed: one picture of the size that the model was trained on.
 - The UNet takes one latent and two contexts, the two halves of guidance, and answers
   twice. Its second output is where the words of the second text are heard: (tokens, h,
   w), the mean over heads and layers of the largest maps that listen to the text.
 - Weights are float16 on disk, and all computing is float32: whatever float16 holds
-  exactly is stored so, and a Cast turns it back when the file is opened. What it does not
-  hold, such as the mask and the frequencies of the timesteps, stays as it is.
+  exactly is stored so, and a Cast turns it back when the file is opened. What it does
+  not hold, such as the mask and the frequencies of the timesteps, stays as it is.
 """
 
 import argparse
-import hashlib
 import json
 import logging
 import sys
@@ -28,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 
 import sdbook.attention
@@ -36,7 +34,7 @@ import sdbook.clip
 from sdbook import StableDiffusion, scenes
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL, OUT = ROOT / "data" / "models" / "scenes", ROOT / "_build" / "play"
+MODEL, OUT = ROOT / "data" / "models" / "scenes", ROOT / "_build" / "onnx"
 OPSET = 18
 SMALL = 64  # fewer numbers than that are not worth a Cast
 
@@ -215,7 +213,9 @@ def describe(pipe: StableDiffusion, heard: list[int]) -> dict:
 def world() -> dict:
     """The words of chapter 4's world, for those who write prompts."""
     return {
-        "colours": {name: "#%02x%02x%02x" % rgb for name, rgb in scenes.COLOURS.items()},
+        "colours": {
+            name: f"#{bytes(rgb).hex()}" for name, rgb in scenes.COLOURS.items()
+        },
         "things": {name: scenes.plural(name, 2) for name in scenes.SHAPES},
         "sizes": list(scenes.SIZES),
         "counts": {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3},
@@ -250,25 +250,6 @@ def export(model: str | Path, out: str | Path) -> dict:
     return facts
 
 
-def fingerprint(model: Path) -> str:
-    """A short name for what would come out: the model's files, and this one's."""
-    digest = hashlib.sha256()
-    for path in [Path(__file__), *sorted(model.rglob("*"))]:
-        if path.is_file() and path.suffix != ".md":
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def exported(model: Path = MODEL, out: Path = OUT) -> Path:
-    """The folder with the files of a model, made if there is none for these weights."""
-    folder = out / fingerprint(model)
-    out.mkdir(parents=True, exist_ok=True)
-    with FileLock(out / "lock"):  # the tests build the book while they ask for this
-        if not (folder / "model.json").exists():  # it is written last
-            export(model, folder)
-    return folder
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -276,9 +257,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, default=MODEL, help="a folder of weights")
     parser.add_argument("--out", type=Path, default=OUT, help="where the files go")
     options = parser.parse_args(arguments)
-    folder = exported(options.model, options.out)
-    for path in sorted(folder.iterdir()):
-        print(f"{path.stat().st_size / 1e6:6.2f} MB  {path}")
+    export(options.model, options.out)
+    for path in sorted(options.out.iterdir()):
+        if path.is_file():
+            print(f"{path.stat().st_size / 1e6:6.2f} MB  {path}")
     return 0
 
 
