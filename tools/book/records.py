@@ -73,7 +73,7 @@ class Records:
         return f"{sum(line['seconds'] for line in self.log(run)) / 60:.0f}"
 
     def nearer(self, sampler: str, steps: int) -> int:
-        """How many times nearer to the true end than Euler, chapter 10's record says."""
+        """Chapter 10: how many times nearer to the true end than Euler."""
         rows = self.read("samplers/errors.json")["rows"]
         off = {r["scheduler"]: r["error"] for r in rows if r["steps"] == steps}
         return round(off["Euler"] / off[sampler])
