@@ -14,7 +14,7 @@ help:
 	@echo "make sample    draw pictures with the model that ships with the book"
 	@echo "make test      everything: lint, export, tests, chapters, book (about ten minutes)"
 	@echo "make book      build the pages of the book into _build/html"
-	@echo "make export    write sdbook/ from the chapters, and Colab's cell into them"
+	@echo "make export    write sdbook/ from the chapters; fill in Colab's cell and figures"
 	@echo "make execute   run the chapters and keep their outputs"
 	@echo "               (one of them: make execute CHAPTERS=chapters/01_attention.ipynb)"
 	@echo "make lint      check style, and that sdbook/ is what the chapters say"
@@ -45,6 +45,7 @@ book: .venv/.installed
 export: .venv/.installed
 	$(BIN)/python tools/book/export.py
 	$(BIN)/python tools/book/colab.py
+	$(BIN)/python tools/book/records.py
 
 execute: .venv/.installed
 	$(BIN)/python tools/book/execute.py $(CHAPTERS)
@@ -53,6 +54,7 @@ lint: .venv/.installed
 	$(BIN)/ruff check
 	$(BIN)/python tools/book/export.py --check
 	$(BIN)/python tools/book/colab.py --check
+	$(BIN)/python tools/book/records.py --check
 
 bench: .venv/.installed
 	$(BIN)/python tools/benchmarks/bench.py
