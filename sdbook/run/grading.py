@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import traceback
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -53,6 +54,21 @@ class CheckConfig:
         check_settings(self)
 
 
+class Wrong(Exception):
+    """Something is wrong with the reader's part, said in full."""
+
+
+def say_error(error: Exception, file: str) -> str:
+    """An exception of the reader's code, with the line where it arose."""
+    if isinstance(error, Wrong):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == file]
+    where = f"line {own[-1].lineno}: " if own else ""
+    text = str(error).strip().split("\n")[0]
+    return f"{where}{type(error).__name__}: {text}"
+
+
 def numbered() -> dict[str, tuple[str, str]]:
     """{number: (module, name)} of every part that can be checked."""
     return {
@@ -96,7 +112,7 @@ def check(config: CheckConfig) -> None:
     if file is None:
         print(listed(numbers))
         return
-    results = examine(file, numbers, bool(asked) and len(numbers) == 1, config.seconds)
+    results = examine(file, numbers, config.seconds)
     print("\n".join(line for result in results for line in result["lines"]))
     right = sum(result["right"] for result in results)
     if len(results) > 1:
@@ -111,11 +127,13 @@ def read_answer(words: tuple[str, ...]) -> tuple[str, Path | None]:
         raise ValueError(
             f"{len(words)} words are too many; as in: sdbook check 3.2 my_unet.py"
         )
-    files = [word for word in words if Path(word).suffix or "/" in word]
-    files = [word for word in files if word not in numbered()] or list(words[1:])
-    asked = [word for word in words if word not in files]
+    files = [word for word in words if word.endswith(".py") or Path(word).is_file()]
+    files = files or list(words[1:])
     if not files:
-        return "".join(asked), None
+        return "".join(words), None
+    if len(files) > 1:
+        raise ValueError(f"{files[1]} is another file; check one at a time")
+    asked = [word for word in words if word != files[0]]
     path = Path(files[0])
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; give yours, as my_unet.py")
@@ -141,12 +159,12 @@ def listed(numbers: list[str]) -> str:
     )  # fmt: skip
 
 
-def examine(file: Path, numbers: list[str], needed: bool, seconds: float) -> list[dict]:
+def examine(file: Path, numbers: list[str], seconds: float) -> list[dict]:
     """Run the file, and try its parts, in a process of its own.
 
-    `needed`: a part that the file lacks is an error. One result for each part that
-    was tried: its number, whether it is right, and lines to say so. ValueError if the
-    file fails by itself, has none of the parts, or takes too long.
+    One result for each part that the file has: its number, whether it is right, and
+    lines to say so. ValueError if the file fails by itself, has none of the parts, or
+    takes too long.
     """
     with tempfile.TemporaryDirectory() as folder:
         report, said = Path(folder) / "report", Path(folder) / "said"
@@ -170,15 +188,13 @@ def examine(file: Path, numbers: list[str], needed: bool, seconds: float) -> lis
     last = records[-1] if records else {}
     if "failed" in last:
         raise ValueError(f"{file} {last['failed']}")
-    if "missing" not in last:  # the last words of every examination
+    if "found" not in last:  # the last words of every examination
         where = f" in {last['begun']}" if last.get("begun") else ""
         tail = f"; it had printed: {words[-300:]}" if words else ""
         raise ValueError(f"{file} {ended}{where}{tail}")
-    results = [record for record in records if "lines" in record]
-    missing = last["missing"]
-    if needed and missing or not results:
+    if not last["found"]:
         raise ValueError(say_missing(file, numbers, last["defined"]))
-    return results
+    return [record for record in records if "lines" in record]
 
 
 def say_missing(file: Path, numbers: list[str], defined: list[str]) -> str:

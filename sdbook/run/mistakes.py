@@ -32,19 +32,17 @@ def mistakes_of(name: str, reference):
             yield words, reference, change
 
 
-def forward(kind: type, words: str, **facts):
+def forward(kind: type, words: str, where=lambda part: True):
     """Note a wrong `forward` of a class, wherever in a module one stands.
 
-    It takes the right `forward` after `self`. `facts` are attributes that have to be.
+    `where`: for which of them it is a mistake.
     """
 
     def note(function):
         def change(module):
             found = [
-                part for part in module.modules()
-                if type(part) is kind
-                and all(getattr(part, key) == value for key, value in facts.items())
-            ]  # fmt: skip
+                part for part in module.modules() if type(part) is kind and where(part)
+            ]
             for part in found:
                 part.forward = MethodType(function, part)
             return bool(found)
@@ -147,7 +145,9 @@ def attention_mistake(words: str, facts: dict):
         given = self.to_q(x), self.to_k(context), self.to_v(context)
         return self.to_out(attend(self, *given, mask, **options(x.shape[-1])))
 
-    @forward(vae.ImageAttention, words)
+    one_head = facts in (dict(scale=1), dict(over=-2))  # others are right with one
+
+    @forward(vae.ImageAttention, words, lambda part: one_head)
     def image_forward(self, x):
         tokens = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
         given = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
@@ -345,17 +345,29 @@ def same(x):
     return x
 
 
-@forward(resblocks.ResBlock, "the time goes through a SiLU before time_emb_proj")
+@forward(
+    resblocks.ResBlock,
+    "the time goes through a SiLU before time_emb_proj",
+    lambda part: hasattr(part, "time_emb_proj"),
+)
 def time_as_it_is(self, x, time=None):
     return self.conv_shortcut(x) + residual(self, x, time, told=same)
 
 
-@forward(resblocks.ResBlock, "the time is added before norm2, not after it")
+@forward(
+    resblocks.ResBlock,
+    "the time is added before norm2, not after it",
+    lambda part: hasattr(part, "time_emb_proj"),
+)
 def time_after_norm(self, x, time=None):
     return self.conv_shortcut(x) + residual(self, x, time, late=True)
 
 
-@forward(resblocks.ResBlock, "is the time added? It goes in between the convolutions")
+@forward(
+    resblocks.ResBlock,
+    "is the time added? It goes in between the convolutions",
+    lambda part: hasattr(part, "time_emb_proj"),
+)
 def time_lost(self, x, time=None):
     return self.conv_shortcut(x) + residual(self, x)
 
@@ -380,17 +392,18 @@ def nothing_kept(self, x, time=None):
     return residual(self, x, time)
 
 
-def pad(sides, words):
-    @forward(resblocks.Downsample, words, symmetric=False)
-    def downsample(self, x):
-        return self.conv(F.pad(x, sides))
+BELOW = "with symmetric=False, pad on the right and below only: (0, 1, 0, 1)"
 
 
-pad((1, 1, 1, 1), "with symmetric=False, pad on the right and below only: (0, 1, 0, 1)")
-pad((1, 0, 1, 0), "with symmetric=False, pad right and below, not left and above")
+@forward(resblocks.Downsample, BELOW, lambda part: not part.symmetric)
+def always_around(self, x):
+    return self.conv(F.pad(x, (1, 1, 1, 1)))
 
 
-@forward(resblocks.Downsample, "with symmetric=True, pad one pixel on every side")
+AROUND = "with symmetric=True, pad one pixel on every side"
+
+
+@forward(resblocks.Downsample, AROUND, lambda part: part.symmetric)
 def always_below(self, x):
     conv = self.conv
     return F.conv2d(F.pad(x, (0, 1, 0, 1)), conv.weight, conv.bias, stride=2)

@@ -164,6 +164,9 @@ def try_unet(make):
     yield "3 prompts for 2 latents", refusal(unet, latents, 500, wrong)
 
 
+STRENGTHS = ((0.1, "with small weights"), (2.5, "with large weights"))
+
+
 def inside(make, channels: int):
     """A map, a time and a context for a block of `small_unet`."""
     return numbers(2, channels, 4, 6), numbers(2, 32, seed=2), numbers(2, 7, 12, seed=3)
@@ -177,19 +180,23 @@ def try_down_block(make):
         out, skips = make(config, level)(x, time, context)
         yield words, out
         yield f"the maps that {words.split(',')[0]} remembers", list(skips)
+    for make.strength, words in STRENGTHS:
+        yield words, make(config, 0)(x, time, context)[0]
 
 
 @trial("MiddleBlock")
 def try_middle_block(make):
     x, time, context = inside(make, 16)
     yield "a map of 4 by 6", make(small_unet(make))(x, time, context)
+    for make.strength, words in STRENGTHS:
+        yield words, make(small_unet(make))(0.1 * x, time, context)
 
 
 @trial("UpBlock")
 def try_up_block(make):
     config = small_unet(make)
     _, time, context = inside(make, 8)
-    skips = [numbers(2, c, 8, 12, seed=c + i) for i, c in enumerate((8, 8, 8))]
+    skips = [numbers(2, c, 7, 11, seed=c + i) for i, c in enumerate((8, 8, 8))]
     below = [numbers(2, c, 4, 6, seed=c + i) for i, c in enumerate((8, 16, 16))]
     channels, maps = [8, 8, 8, 8, 16, 16], skips + below
     lower = make(config, 1, channels)
@@ -199,6 +206,10 @@ def try_up_block(make):
     yield "the lower level", x
     yield "maps left after the lower level", len(maps)
     yield "the upper level, with attention", upper(x, maps, time, context)
+    for make.strength, words in STRENGTHS:
+        maps = [0.1 * one for one in skips]
+        upper = make(config, 0, [8, 8, 8])
+        yield words, upper(numbers(2, 16, 7, 11), maps, time, context)
 
 
 # ---- 4: the world --------------------------------------------------------------
@@ -269,11 +280,15 @@ def try_encoder(make):
     yield "a picture of 8 by 12", encoder(x)
     bare = small_vae(make, mid_block_add_attention=False, layers_per_block=2)
     yield "without attention", make(bare)(x)
+    make.strength = 0.1
+    yield "with small weights", make(small_vae(make))(x)
 
 
 @trial("Decoder")
 def try_decoder(make):
-    yield "latents of 4 by 6", make(small_vae(make))(numbers(2, 4, 4, 6))
+    for make.strength, words in ((1, ""), (0.1, ", small weights")):
+        decoder = make(small_vae(make))
+        yield f"latents of 4 by 6{words}", decoder(numbers(2, 4, 4, 6))
 
 
 @trial("AutoencoderKL")
@@ -283,6 +298,8 @@ def try_autoencoder(make):
     yield "encode(x).mean", found.mean
     yield "encode(x).logvar", found.logvar
     yield "decode(z)", vae.decode(z)
+    make.strength = 0.1
+    yield "encode(x).mean with small weights", make(small_vae(make)).encode(x).mean
     picture, _ = vae(x, torch.Generator().manual_seed(1))
     yield "forward(x, generator)", picture
     yield "a picture of 7 by 12", refusal(vae.encode, x[:, :, :7])
@@ -326,6 +343,9 @@ def try_clip_text_model(make):
     ids = torch.tensor([[58, 3, 7, 7, 59, 59], [58, 20, 21, 4, 5, 59]])
     model = make(make.config("clip.CLIPTextConfig", **SMALL_TEXT))
     yield "six tokens", model(ids)
+    make.strength = 0.3
+    weak = make(make.config("clip.CLIPTextConfig", **SMALL_TEXT))
+    yield "six tokens, small weights", weak(ids)
     yield "without its last layer (skip=1)", model(ids, skip=1)
     other = make.config("clip.CLIPTextConfig", **SMALL_TEXT | {"hidden_act": "gelu"})
     yield "hidden_act='gelu'", make(other)(ids)
@@ -411,7 +431,7 @@ RUNS = {
     "nothing but the defaults": {},
     "Stable Diffusion's betas, offset 1": SD | dict(steps_offset=1),
     "v_prediction": SD | dict(prediction_type="v_prediction"),
-    "spacing leading": SD | dict(timestep_spacing="leading"),
+    "spacing leading, offset 1": SD | dict(timestep_spacing="leading", steps_offset=1),
     "spacing trailing": SD | dict(timestep_spacing="trailing"),
     "spacing linspace": SD | dict(timestep_spacing="linspace"),
 }

@@ -86,22 +86,22 @@ def mark_answers(text):
 
 def table(rows, with_chapter, base):
     """Rows of proofs.py as a Markdown table."""
-    heads = ["chapter"] * with_chapter
-    heads += ["part", "beside", "largest difference", "allowed", "check yours"]
     numbers = {
         name: f"{chapter}.{place}"
         for chapter, names in checkable().items()
         for place, name in enumerate(names, start=1)
     }
+    known = any(row.name in numbers for row in rows)
+    heads = ["chapter"] * with_chapter + ["part", "beside", "largest difference"]
+    heads += ["allowed"] + ["`sdbook check`"] * known
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
-        name = f"`{row.name}`" if row.name.isidentifier() else row.name
-        unit = " relative" if row.relative else f" {row.unit}" if row.unit else ""
-        number = numbers.get(row.name)
+        name = f"`{row.name}`" if row.name in numbers else row.name
+        name += f" ({row.detail})" if row.detail else ""
+        unit = ", relative" if row.relative else f" {row.unit}" if row.unit else ""
         cells = [f"[{row.chapter}]({link(row.docname, base)})"] * with_chapter
-        cells += [f"{name} {row.detail and f'({row.detail})'}", row.reference]
-        cells += [f"{row.gap}{unit}", row.bound]
-        cells += [f"`sdbook check {number} my.py`" if number else ""]
+        cells += [name, row.reference, row.gap, f"{row.bound}{unit}"]
+        cells += [numbers.get(row.name, "")] * known
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -119,7 +119,7 @@ def parts(path, docname):
     names = checkable().get(number, [])
     text = ""
     if rows:
-        text += table(rows, False, docname) + "\n\n"
+        text += f":::{{div}} told\n{table(rows, False, docname)}\n:::\n\n"
     if names:
         several = f"`sdbook check {number} my.py` compares"
         if len(names) > 1:
@@ -169,7 +169,7 @@ class FromMarkdown(SphinxDirective):
         holder = nodes.container(classes=["told"])
         lines = StringList(self.text().splitlines(), source=where)
         self.state.nested_parse(lines, self.content_offset, holder)
-        return holder.children
+        return [holder]
 
 
 class ReadingTimes(FromMarkdown):
@@ -177,13 +177,17 @@ class ReadingTimes(FromMarkdown):
 
     def text(self):
         base, rows = self.env.docname, readings()
-        lines = ["| chapter | reads in | runs in | in a hurry |", "|---|--:|--:|---|"]
+        known = any(row.hurry for row in rows)
+        lines = ["| chapter | reads in | runs in |", "|---|--:|--:|"]
+        if known:
+            lines = [lines[0] + " in a hurry |", lines[1] + "---|"]
         for row in rows:
             name = f"[{row.number} · {row.title}]({link(row.docname, base)})"
             runs = row.runs.removeprefix("about ")
             hurry = re.sub(r"\]\(#[^)]*\)", "]", row.hurry).replace("|", "\\|")
             hurry = re.sub(r"\[([^\]]*)\](?!\()", r"\1", hurry)
-            lines.append(f"| {name} | {row.minutes} min | {runs} | {hurry} |")
+            line = f"| {name} | {row.minutes} min | {runs} |"
+            lines.append(line + f" {hurry} |" * known)
         hours = sum(row.minutes for row in rows) / 60
         return "\n".join(lines) + (
             f"\n\nThat is {hours:.0f} hours in all. Prose is counted at {PROSE} words "
