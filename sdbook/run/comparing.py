@@ -260,7 +260,10 @@ def say_factor(wanted, numbers) -> str | None:
     for (_, want), mine in zip(wanted, numbers):
         if not isinstance(want, torch.Tensor | float) or isinstance(mine, tuple):
             return None
-        want, mine = as_numbers(want), as_numbers(mine)
+        try:
+            want, mine = as_numbers(want), as_numbers(mine)
+        except (TypeError, ValueError, RuntimeError):
+            return None
         if mine.shape != want.shape or not want.square().sum() > 0:
             return None
         factor = ((mine * want).sum() / want.square().sum()).item()

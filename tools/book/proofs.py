@@ -125,10 +125,11 @@ def summary(rows: list[Proof]) -> str:
     chapters = len({row.chapter for row in rows})
     relative = [float(row.gap) for row in rows if row.relative]
     most = max(share_of_bound(row) for row in rows)
+    several = "s" * (chapters > 1)
     used = max(1, round(100 * most))
     return (
-        f"{len(rows)} parts of {chapters} chapters, largest relative difference "
-        f"{max(relative):.0e}; none uses more than {used} % of what is allowed"
+        f"{len(rows)} parts of {chapters} chapter{several}, largest relative "
+        f"difference {max(relative):.0e}; none uses more than {used} % of what is allowed"
     )
 
 
