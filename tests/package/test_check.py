@@ -24,25 +24,31 @@ def source_of(module: str) -> str:
     return re.sub(r"^(\s*)from \.(\w)", r"\1from sdbook.\2", text, flags=re.M)
 
 
-def said_of(tmp_path, codes: dict[str, str]) -> dict[str, str]:
-    """{part's name: what is said of it}, for files with these codes, by chapter.
+def told_of(folder: Path, files: dict[str, tuple[str, str]]) -> dict[str, dict]:
+    """{file: {part's name: what is said of it}} for {file: (code, chapter or "all")}.
 
-    In one process for them all, since PyTorch takes its time.
+    In one process for them all, since PyTorch takes its time, and without the tests'
+    own types.
     """
     calls = []
-    for chapter, code in codes.items():
-        file, report = tmp_path / f"mine_{chapter}.py", tmp_path / f"report_{chapter}"
+    for name, (code, asked) in files.items():
+        file, report = folder / f"{name}.py", folder / f"{name}.report"
         file.write_text(code, encoding="utf-8")
-        numbers = find_parts(chapter) if chapter != "all" else list(numbered())
+        numbers = list(numbered()) if asked == "all" else find_parts(asked)
         calls.append({"file": str(file), "report": str(report), "numbers": numbers})
     code = "import json, sys; from sdbook.run.examining import main; "
     code += "[main(**call) for call in json.loads(sys.argv[1])]"
     given = [sys.executable, "-c", code, json.dumps(calls)]
     done = subprocess.run(given, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    lines = [x for one in calls for x in open(one["report"], encoding="utf-8")]
-    results = [one for one in map(json.loads, lines) if "lines" in one]
-    return {numbered()[one["number"]][1]: "\n".join(one["lines"]) for one in results}
+    told = {}
+    for name, call in zip(files, calls):
+        lines = Path(call["report"]).read_text(encoding="utf-8").splitlines()
+        results = [one for one in map(json.loads, lines) if "lines" in one]
+        told[name] = {
+            numbered()[one["number"]][1]: "\n".join(one["lines"]) for one in results
+        }
+    return told
 
 
 def refused(capsys, *words: str) -> str:
@@ -100,16 +106,6 @@ def test_alone_it_lists_what_there_is(capsys):
 # ---- right and wrong parts ----------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_the_books_own_source_is_right(tmp_path):
-    modules = {chapter: module for chapter, (module, _) in grading.PARTS.items()}
-    said = said_of(tmp_path, {key: source_of(one) for key, one in modules.items()})
-    assert list(said) == [name for _, name in numbered().values()]
-    right = r"\S+ (\w+): right, largest relative difference 0.0e\+00 \(allowed 1e-05\)"
-    for name, line in said.items():
-        assert re.fullmatch(right, line)[1] == name
-
-
 # In a chapter's module: what becomes what; and then what is said of which part.
 WRONG = {
     "1": (
@@ -144,23 +140,6 @@ WRONG = {
          "quick_gelu": "right"},
     ),
 }  # fmt: skip
-
-
-@pytest.mark.slow
-def test_a_usual_mistake_is_named(tmp_path):
-    codes = {"7": SAMPLERS}
-    for chapter, (changes, _) in WRONG.items():
-        codes[chapter] = source_of(grading.PARTS[chapter][0])
-        for old, new in changes:
-            assert old in codes[chapter]
-            codes[chapter] = codes[chapter].replace(old, new)
-    said = said_of(tmp_path, codes)
-    for expected in (EXPECTED, *(expected for _, expected in WRONG.values())):
-        for name, words in expected.items():
-            verdict = "right" if words == "right" else "wrong"
-            assert f" {name}: {verdict}" in said[name]
-            assert re.search(words, said[name]), said[name]
-    assert "posterior_mean" not in said  # imported
 
 
 SAMPLERS = """
@@ -255,14 +234,53 @@ class FeedForward(nn.Module):
 """
 
 
-def test_another_way_to_write_it_is_right_too(tmp_path):
-    said = said_of(tmp_path, {"all": BY_HAND})
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """What is said of the book's own modules, of wrong ones, and of the files above."""
+    files = {"by_hand": (BY_HAND, "all"), "strange": (STRANGE, "all")}
+    files["samplers"] = SAMPLERS, "7"
+    for chapter, (module, _) in grading.PARTS.items():
+        files[f"own_{chapter}"] = source_of(module), chapter
+    for chapter, (changes, _) in WRONG.items():
+        code = source_of(grading.PARTS[chapter][0])
+        for old, new in changes:
+            assert old in code
+            code = code.replace(old, new)
+        files[f"wrong_{chapter}"] = code, chapter
+    return told_of(tmp_path_factory.mktemp("files"), files)
+
+
+@pytest.mark.slow
+def test_the_books_own_source_is_right(told):
+    right = r"\S+ (\w+): right, largest relative difference 0.0e\+00 \(allowed 1e-05\)"
+    for chapter, (_, names) in grading.PARTS.items():
+        said = told[f"own_{chapter}"]
+        assert list(said) == names.split()
+        for name, line in said.items():
+            assert re.fullmatch(right, line)[1] == name
+
+
+@pytest.mark.slow
+def test_a_usual_mistake_is_named(told):
+    expected = {f"wrong_{chapter}": words for chapter, (_, words) in WRONG.items()}
+    for file, parts in (expected | {"samplers": EXPECTED}).items():
+        for name, words in parts.items():
+            said = told[file][name]
+            assert f" {name}: {'right' if words == 'right' else 'wrong'}" in said
+            assert re.search(words, said), said
+    assert "posterior_mean" not in told["samplers"]  # imported
+
+
+@pytest.mark.slow
+def test_another_way_to_write_it_is_right_too(told):
+    said = told["by_hand"]
     assert list(said) == ["attention", "TimestepMLP", "guide", "wilson"]
     assert all(f" {name}: right, " in line for name, line in said.items()), said
 
 
-def test_what_is_strange_is_said(tmp_path):
-    said = said_of(tmp_path, {"all": STRANGE})
+@pytest.mark.slow
+def test_what_is_strange_is_said(told):
+    said = told["strange"]
     assert "GEGLU" not in said  # imported
     takes = "Yours takes (uncond, cond); the book's takes (uncond, cond, scale)"
     assert "too many positional arguments" in said["guide"] and takes in said["guide"]
@@ -278,7 +296,7 @@ def test_what_is_strange_is_said(tmp_path):
 
 CAUGHT = """
 import importlib
-from sdbook.run.examining import Maker, alike, answers
+from sdbook.run.comparing import Maker, alike, answers
 from sdbook.run.grading import numbered
 from sdbook.run.mistakes import MODULES, mistakes_of
 from sdbook.run.trials import TRIALS
@@ -325,21 +343,26 @@ def test_every_known_mistake_is_caught():
 # ---- the command ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_and_its_exit_status(tmp_path, capsys):
-    file = tmp_path / "my_guide.py"
-    right = "def guide(u, c, s):\n    return u + s * (c - u)\n"
-    file.write_text("print('hello')\n" + right)
-    main(["check", "9.1", str(file)])
-    said = capsys.readouterr().out
-    assert said == (
-        "9.1 guide: right, largest relative difference 0.0e+00 (allowed 1e-05)\n"
-    )
-    file.write_text(right.replace("return u", "return c"))
+    file = tmp_path / "mine.py"
+    wrong = "def guide(u, c, s):\n    return c + s * (c - u)\n"
+    file.write_text("print('hello')\nfrom sdbook.scenes import *\n" + wrong)
     with pytest.raises(SystemExit) as stopped:
-        main(["check", "guide", str(file)])
+        main(["check", str(file)])
     assert stopped.value.code == 1
-    said = capsys.readouterr().out
-    assert "9.1 guide: wrong" in said and "hint: start from uncond" in said
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "9.1 guide: wrong" and "scale 0: largest relative" in said[1]
+    assert said[-1] == "    hint: start from uncond: uncond + scale * (cond - uncond)"
+
+
+def test_a_right_part_ends_well(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "mine.py"
+    file.touch()
+    found = [{"right": True, "lines": [f"{i}: right"]} for i in (1, 2)]
+    monkeypatch.setattr(grading, "examine", lambda *given: found)
+    assert main(["check", "3", str(file)]) is None
+    assert capsys.readouterr().out == "1: right\n2: right\n2 of 2 right\n"
 
 
 @pytest.mark.parametrize(
@@ -378,7 +401,7 @@ def test_what_cannot_be_asked(tmp_path, capsys):
     assert "another file" in refused(capsys, file, tmp_path / "other.py")
     assert "there is no part 3.99" in refused(capsys, "3.99", file)
     with pytest.raises(ValueError, match="seconds is 0"):
-        CheckConfig(seconds=0)
+        CheckConfig(seconds=0.0)
 
 
 def test_nothing_heavy_is_imported_for_the_list():

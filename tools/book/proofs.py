@@ -129,7 +129,8 @@ def summary(rows: list[Proof]) -> str:
     used = max(1, round(100 * most))
     return (
         f"{len(rows)} parts of {chapters} chapter{several}, largest relative "
-        f"difference {max(relative):.0e}; none uses more than {used} % of what is allowed"
+        f"difference {max(relative):.0e}; none uses more than {used} % of what is "
+        "allowed"
     )
 
 
