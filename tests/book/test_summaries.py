@@ -141,11 +141,23 @@ def test_every_chapter_gets_its_strip_and_its_tables(pages):
         assert code == [cell for cell in before if cell["cell_type"] == "code"]
 
 
-def test_answers_are_marked_for_the_eye(pages):
-    text = "<details><summary>a</summary><p>Right: so.</p></details>\n"
-    text += "<details><summary>b</summary><p>No: why.</p></details>"
-    marked = pages.mark_answers(text)
-    assert '<p class="right">Right: so.' in marked and '<p class="no">No: why' in marked
+def test_questions_are_marked_and_in_a_fair_order(pages):
+    """An answer has its class, and the right one no place of its own."""
+    places = []
+    for number in range(60):
+        choices = [
+            f"<details><summary>{number}, {i}</summary><p>{word}: why.</p></details>"
+            for i, word in enumerate(("No", "Right", "No"))
+        ]
+        lines = ['<div class="follow">', "<p>Which?</p>", *choices, "</div>"]
+        marked = pages.mark_answers("\n".join(lines)).splitlines()
+        assert marked[:2] == lines[:2] and marked[-1] == lines[-1]
+        plain = [re.sub(' class="(right|no)"', "", line) for line in marked[2:-1]]
+        assert sorted(plain) == sorted(choices)
+        right = ['<p class="right">Right: why.' in line for line in marked[2:-1]]
+        assert sum('<p class="no">No: why.' in line for line in marked) == 2
+        places.append(right.index(True))
+    assert all(10 <= places.count(place) <= 30 for place in range(3))
 
 
 def test_other_pages_are_left_alone(pages):

@@ -14,6 +14,7 @@ import ast
 import json
 import os
 import re
+from hashlib import sha256
 from pathlib import Path
 
 from docutils import nodes
@@ -24,6 +25,7 @@ from reading import CODE, PROSE, reading_of, readings
 from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).resolve().parents[2]
+QUESTION = re.compile(r'<div class="follow">.*?</div>', re.DOTALL)
 # Which part of the pipeline a chapter is about; appendices A and B are about none.
 PLACES = {
     "00": "pipeline", "01": "attention", "02": "resblocks", "03": "unet", "04": "data",
@@ -78,10 +80,19 @@ def reads_in(path):
     )
 
 
-def mark_answers(text):
-    """In the questions of a chapter, what is right and what is not gets a class."""
-    text = re.sub(r"(</summary>\s*)<p>(?=Right\b)", r'\1<p class="right">', text)
-    return re.sub(r"(</summary>\s*)<p>(?=No\b)", r'\1<p class="no">', text)
+def mark_answers(question):
+    """A question as the page shows it: answers have a class, choices a fair order.
+
+    Whoever writes three choices rarely puts the right one first; here their order is
+    that of a checksum, so that the place gives nothing away.
+    """
+    for word, kind in (("Right", "right"), ("No", "no")):
+        pattern = rf"(</summary>\s*)<p>(?={word}\b)"
+        question = re.sub(pattern, rf'\1<p class="{kind}">', question)
+    choices = re.findall(r"<details>.*?</details>", question, re.DOTALL)
+    choices.sort(key=lambda choice: sha256(choice.encode()).digest())
+    fair = iter(choices)
+    return re.sub(r"<details>.*?</details>", lambda _: next(fair), question, flags=re.S)
 
 
 def table(rows, with_chapter, base):
@@ -148,7 +159,7 @@ def add_to_chapter(app, docname, source):
     texts[0]["source"] = first
     for cell in texts[1:]:
         text = "".join(cell["source"])
-        cell["source"] = mark_answers(text) if 'class="follow"' in text else text
+        cell["source"] = QUESTION.sub(lambda found: mark_answers(found[0]), text)
     last = next(
         (cell for cell in texts if "## Further reading" in "".join(cell["source"])),
         texts[-1],
