@@ -181,7 +181,7 @@ def try_down_block(make):
         yield words, out
         yield f"the maps that {words.split(',')[0]} remembers", list(skips)
     for make.strength, words in STRENGTHS:
-        yield words, make(config, 0)(x, time, context)[0]
+        yield words, make(config, 0)(0.1 * x, time, context)[0]
 
 
 @trial("MiddleBlock")
