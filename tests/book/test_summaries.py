@@ -34,8 +34,14 @@ ResBlock           largest relative difference 3.1e-07 (allowed 1e-05)
 ddpm: 9 trajectories, largest relative difference 0e+00 (allowed 1e-05)
 our loop   differs by 0 levels (allowed 1)
 vectors differ by 2e-06, allowed 1e-05
-Wilson's interval, 190 of 200: differs by 9e-07 (allowed 1e-5)
+wilson, 190 of 200: 9e-07 (allowed 1e-05)
+PNDMScheduler, relative: 3e-07 (allowed 1e-05)
+pushed_channels   numbers that differ from theirs: 0 (allowed 0)
+our loop 2  largest difference of 255 levels: 0 (allowed 1)
 largest difference from SciPy: 0 levels of 255 (allowed 0)
+train      held-out scenes in 1000: 0 (allowed 0)
+train_vae, of another chapter: 0 (allowed 0)
+dividing first is 6e-05 off (allowed 1e-05)
 no line of a proof
 ResBlock           largest relative difference 3.1e-07 (allowed 1e-05)
 """
@@ -44,7 +50,8 @@ ResBlock           largest relative difference 3.1e-07 (allowed 1e-05)
 def test_printed_lines_become_rows(tmp_path):
     path = notebook(
         tmp_path, "## Build", ("", "Early differs by 1 (allowed 2)\n"), "## Proof",
-        ("import diffusers", SAID), ("x = 1", "late differs by 1e-09 (allowed 1e-08)"),
+        ("import diffusers\ndef wilson(): ...", SAID),
+        ("x = 1", "late differs by 1e-09 (allowed 1e-08)"),
         "## Break it", ("", "eps 1e-5 differs by 7e-02 (allowed 1e-05)\n"),
     )  # fmt: skip
     rows = proofs.proofs_of(path)
@@ -53,14 +60,20 @@ def test_printed_lines_become_rows(tmp_path):
         ("ddpm", "9 trajectories", "0e+00", "1e-05"),
         ("our loop", "", "0", "1"),
         ("vectors", "", "2e-06", "1e-05"),
-        ("Wilson's interval, 190 of 200", "", "9e-07", "1e-5"),
+        ("wilson", "190 of 200", "9e-07", "1e-05"),
+        ("PNDMScheduler", "", "3e-07", "1e-05"),
+        ("pushed_channels", "numbers that differ from theirs", "0", "0"),
+        ("our loop 2", "largest difference of 255 levels", "0", "1"),
+        ("largest difference from SciPy", "", "0", "0"),
         ("late", "", "1e-09", "1e-08"),
     ]
-    assert [row.relative for row in rows] == [True, True] + [False] * 4
-    assert rows[2].unit == "levels" and {row.reference for row in rows} == {"diffusers"}
+    assert [row.name for row in rows if row.relative] == [
+        "ResBlock", "ddpm", "PNDMScheduler"
+    ]  # fmt: skip
+    assert rows[2].unit == "levels" and rows[0].reference == "diffusers"
     assert {row.chapter for row in rows} == {"2"}
     assert proofs.summary(rows) == (
-        "6 parts of 1 chapter, largest relative difference 3e-07; none uses more than "
+        "10 parts of 1 chapter, largest relative difference 3e-07; none uses more than "
         "20 % of what is allowed"
     )
 

@@ -7,21 +7,28 @@ A line that a cell of the section *Proof* printed, and that has the form
     ResBlock  largest relative difference 3.1e-07 (allowed 1e-05)
 
 is a row of the table of parts: what was compared, with which library (the one that the
-cell imports), how far it was off at most, and how far it might have been.
+cell imports), how far it was off at most, and how far it might have been. It begins
+with a name that the package exports, or says that it is a difference; after the name
+and a comma, a colon or two spaces there may be a detail.
 """
 
+import ast
 import json
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 NUMBER = r"-?\d[\d.,]*(?:e[-+]?\d+)?"
 PROVED = re.compile(
-    rf"(?P<head>.*\bdiffer.*?)\s(?P<gap>{NUMBER})(?P<unit> [a-z]\w*)?[^()]*"
-    rf"(?:\(|, )allowed (?P<bound>{NUMBER})"
+    rf"(?P<head>\S.*?)[\s:,]+(?P<gap>{NUMBER})(?: (?P<unit>[a-z]+))?(?: of \d+)?"
+    rf"(?: \(|, )allowed (?P<bound>{NUMBER})\)?"
 )
-NAME_ENDS = re.compile(r"[:,]?\s*\b(largest|relative|differ)")
+# What stands between a part's name and the number, and says only what a number is.
+SAYS_WHAT = re.compile(
+    r"[,:]?\s*\b(largest )?(relative( difference)?|difference|differs? by)$"
+)
 LIBRARIES = {
     "diffusers": "diffusers", "transformers": "transformers", "peft": "peft",
     "open_clip": "open_clip", "torchmetrics": "torchmetrics", "scipy": "SciPy",
@@ -75,20 +82,42 @@ def library_of(*sources: str) -> str:
     return ""
 
 
-def read_proof(line: str, path: Path, *sources: str) -> Proof | None:
-    """The row that a printed line is, or None."""
-    found = PROVED.match(line.strip())
+@cache
+def exported(root: Path = ROOT) -> frozenset[str]:
+    """Every public name of the package."""
+    names = set()
+    for path in (root / "sdbook").rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            targets = getattr(node, "targets", ())
+            if targets and ast.unparse(targets[0]) == "__all__":
+                names |= {one.value for one in node.value.elts if hasattr(one, "value")}
+    return frozenset(names)
+
+
+def is_part(name: str, code: str) -> bool:
+    """Does the package export it: a class, or a function that the chapter defines?"""
+    word = re.split(r"[.\s]", name)[0]
+    own = word[:1].isupper() or re.search(rf"^def {word}\b", code, re.MULTILINE)
+    return word in exported() and bool(own)
+
+
+def read_proof(line: str, path: Path, code: str, *sources: str) -> Proof | None:
+    """The row that a printed line is, or None; `code` is the chapter's.
+
+    The `sources` are asked in turn which library they import.
+    """
+    found = PROVED.fullmatch(line.strip())
     if not found:
         return None
-    name = found["head"][: NAME_ENDS.search(found["head"]).start()].strip(" :,")
-    if not name:
+    head = SAYS_WHAT.sub("", found["head"].rstrip(" :,")).rstrip(" :,")
+    name, *detail = re.split(r"[:,] |  +", head, maxsplit=1)
+    if not name or not ("differ" in found["head"] or is_part(name, code)):
         return None
-    name, _, detail = name.partition(": ")
-    named = next((said for said in LIBRARIES.values() if said in found["head"]), "")
+    named = next((said for said in LIBRARIES.values() if said in line), "")
     return Proof(
         chapter=number_of(path), docname=f"chapters/{path.stem}", name=name,
-        detail=detail, gap=found["gap"], bound=found["bound"],
-        unit=(found["unit"] or "").strip(), relative="relative" in found["head"],
+        detail="".join(detail).strip(), gap=found["gap"], bound=found["bound"],
+        unit=found["unit"] or "", relative="relative" in found["head"],
         reference=named or library_of(*sources),
     )  # fmt: skip
 
@@ -96,7 +125,9 @@ def read_proof(line: str, path: Path, *sources: str) -> Proof | None:
 def proofs_of(path: Path) -> list[Proof]:
     """The rows of one chapter, in its order; a line that stands twice counts once."""
     rows, proof, section = {}, [], ""
-    for cell in cells_of(path):
+    cells = cells_of(path)
+    code = "\n".join(c["source"] for c in cells if c["cell_type"] == "code")
+    for cell in cells:
         if cell["cell_type"] == "markdown":
             headings = re.findall(r"^## (.+)", cell["source"], re.MULTILINE)
             section = headings[-1] if headings else section
@@ -105,7 +136,7 @@ def proofs_of(path: Path) -> list[Proof]:
     every = "\n".join(cell["source"] for cell in proof)
     for cell in proof:
         for line in printed(cell):
-            if row := read_proof(line, path, cell["source"], every):
+            if row := read_proof(line, path, code, cell["source"], every):
                 rows.setdefault((row.name, row.detail), row)
     return list(rows.values())
 
