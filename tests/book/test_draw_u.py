@@ -46,6 +46,11 @@ def test_svg_is_sound():
         svg = drawing.draw_u(config, here)
         root = ElementTree.fromstring(svg)
         assert root.tag == "svg" and root.get("aria-label")
+    linked = drawing.draw_u(config, "vae", links={"vae": "05.html", "data": "04.html"})
+    root = ElementTree.fromstring(linked)
+    assert root.get("role") == "group"
+    links = {a.get("href"): a.get("aria-label") for a in root.iter("a")}
+    assert links == {"05.html": drawing.PARTS["vae"], "04.html": drawing.PARTS["data"]}
     whole = drawing.draw_u(config)
     assert whole.count("carried across") == 12 + 1  # the label says it, too
     assert whole.count('aria-label="attention"') == 6 + 9 + 1
