@@ -3,9 +3,10 @@
 from dataclasses import asdict
 from xml.etree import ElementTree
 
+import nbformat
 import pytest
 import torch
-from helpers import load_tool
+from helpers import ROOT, load_tool
 
 from sdbook.unet import UNet, UNetConfig
 
@@ -55,3 +56,13 @@ def test_svg_is_sound():
     assert whole.count('aria-label="attention"') == 6 + 9 + 1
     with pytest.raises(ValueError, match="here='text'.*clip"):
         drawing.draw_u(config, "text")
+
+
+def test_blocks_lead_to_their_sections():
+    for link in drawing.LINKS.values():
+        page, anchor = link.split("#")
+        notebook = nbformat.read(
+            ROOT / "chapters" / f"{page[:-5] or '03_unet'}.ipynb", 4
+        )
+        lines = "\n".join(cell.source for cell in notebook.cells).splitlines()
+        assert f"({anchor})=" in lines, link

@@ -196,7 +196,8 @@ def anchor(link, drawn, name):
     if not link:
         return drawn
     href, name = html.escape(link), html.escape(name)
-    return f'<a href="{href}" aria-label="{name}">{drawn}</a>'
+    style = "text-decoration: none"
+    return f'<a href="{href}" aria-label="{name}" style="{style}">{drawn}</a>'
 
 
 def svg(width, height, inside, label, shown, kind="u", role="group"):
