@@ -1,6 +1,6 @@
 // "Draw with the model": a prompt, words to choose from, and the picture as it forms.
 
-import {make, short, show, still} from "./dom.js";
+import {make, oneStop, short, show, still} from "./dom.js";
 import {engineOf} from "./engine.js";
 import {invent, read, say, strangers, take} from "./words.js";
 
@@ -42,15 +42,16 @@ class Draw {
     this.labels = this.film.map(() => make("span", {"aria-hidden": "true"}));
     const film = make("div", {class: "film"}, ...this.film.map((frame, k) =>
       make("div", {}, frame, this.labels[k])));
+    const python = make("p", {class: "python"}, make("span", {}, "The same in Python:"),
+      this.code);
     this.root = make("form", {class: "draw", "aria-label": "Draw with the model",
       onsubmit: (event) => (event.preventDefault(), this.run())},
       make("div", {class: "line"},
         make("label", {for: `${this.id}-prompt`, class: "unseen"}, "Prompt"),
-        this.prompt, this.go), this.hint, this.chips(),
-      make("div", {class: "stage"}, this.picture, make("div", {class: "side"},
-        film, this.controls(), make("div", {class: "doing"}, this.bar, this.count),
-        this.status)),
-      make("p", {class: "python"}, make("span", {}, "The same in Python:"), this.code));
+        this.prompt, this.go), this.bar,
+      make("div", {class: "doing"}, this.status, this.count), this.chips(), this.hint,
+      make("div", {class: "stage"}, this.picture,
+        make("div", {class: "side"}, film, this.controls(), python)));
     this.before(facts.film);
     this.reread();
     this.tell(this.size());
@@ -58,8 +59,8 @@ class Draw {
 
   size() {
     const megabytes = short(engineOf(this.facts).bytes / 1e6, 0);
-    return `The first drawing loads the model, ${megabytes} MB, once. It then draws on ` +
-      "your machine: nothing that you type leaves this page.";
+    return `The first drawing loads the model, ${megabytes} MB, once. Nothing that you ` +
+      "type leaves this page.";
   }
 
   // What the package drew while the book was made, until something is drawn here.
@@ -108,18 +109,19 @@ class Draw {
         this.buttons.push({button, kind, value});
         return button;
       });
-      return make("div", {class: "row", role: "group", "aria-label": label},
+      oneStop(buttons);
+      return make("div", {class: "row", role: "toolbar", "aria-label": label},
         make("span", {class: "name", "aria-hidden": "true"}, label),
         make("div", {class: "chips"}, ...buttons));
     };
     const surprise = make("button", {type: "button", class: "chip surprise",
       onclick: () => this.surprise()}, "surprise me");
     const rows = make("div", {class: "words"},
-      row("count", "how many", [[1, "one"], [2, "two"], [3, "three"]]),
+      row("count", "number", [[1, "one"], [2, "two"], [3, "three"]]),
       row("colour", "colour", Object.entries(colours).map(
         ([name, css]) => [name, name, swatch(css)])),
       row("thing", "thing", Object.keys(things).map((name) => [name, name, icon(name)])),
-      row("relation", "and where", links.map((name) => [name, name])),
+      row("relation", "where", links.map((name) => [name, name])),
       row("place", "ground", Object.entries(places).map(
         ([name, text]) => [text, text, swatch(this.facts.grounds[name])])));
     rows.firstChild.lastChild.append(surprise);
@@ -159,8 +161,8 @@ class Draw {
     if (request?.groups.length === 2) {
       const {colour, thing} = request.groups[this.at];
       const name = [colour, thing].filter(Boolean).join(" ");
-      return `The words below are about the ${name}. For the other thing, click on it ` +
-        "in the prompt.";
+      return `These words are about the ${name}. For the other thing, click on it in ` +
+        "the prompt.";
     }
     return "";
   }
@@ -263,7 +265,7 @@ class Draw {
       this.go.disabled = false;
       if (turn !== this.busy) return;
       this.tell(`The model could not be started here (${error.message}). The picture ` +
-        "above was drawn when this page was made; “Draw” tries again.");
+        "below was drawn when this page was made; “Draw” tries again.");
       this.doing(0, "");
     }
     if (turn === this.busy) this.root.classList.remove("busy");
