@@ -2,6 +2,7 @@
 
 import {make, oneStop, short, show, still} from "./dom.js";
 import {engineOf} from "./engine.js";
+import {satisfies, tell} from "./judge.js";
 import {invent, read, say, strangers, take} from "./words.js";
 
 const CELLS = 8; // pictures in the film strip
@@ -33,6 +34,7 @@ class Draw {
     });
     this.go = make("button", {type: "submit", class: "go"}, "Draw");
     this.hint = make("p", {id: `${this.id}-hint`, class: "hint", "aria-live": "polite"});
+    this.verdict = make("p", {class: "verdict", "aria-live": "polite"});
     this.status = make("p", {class: "status", role: "status"});
     this.count = make("span", {class: "count", "aria-hidden": "true"});
     this.bar = make("progress", {max: 1, value: 0, "aria-label": "Progress"});
@@ -51,7 +53,7 @@ class Draw {
         this.prompt, this.go), this.bar,
       make("div", {class: "doing"}, this.status, this.count), this.chips(), this.hint,
       make("div", {class: "stage"}, this.picture,
-        make("div", {class: "side"}, film, this.controls(), python)));
+        make("div", {class: "side"}, film, this.verdict, this.controls(), python)));
     this.before(facts.film);
     this.reread();
     this.tell(this.size());
@@ -275,6 +277,7 @@ class Draw {
     engine.stop();
     const wish = this.wish(), frames = framesOf(wish.steps), quiet = still();
     this.tell("Drawing …");
+    this.verdict.replaceChildren();
     this.label(frames, wish.steps);
     if (!quiet) for (const canvas of this.film) clear(canvas);
     const kept = [];
@@ -294,6 +297,16 @@ class Draw {
     this.describe(`Drawn here, now: ${wish.prompt || "nothing in particular"}`);
     this.doing(1, "");
     this.tell(`Drawn on your machine in ${short(drawn.seconds)} seconds.`);
+    this.judge(drawn.seen, read(wish.prompt, this.world));
+  }
+
+  // What the judge of chapter 11 sees, and whether it was asked for.
+  judge(seen, request) {
+    const right = request && satisfies(seen, request, this.world);
+    const end = !request ? "" : right ? " Right!" : " That is not what you asked for.";
+    this.verdict.dataset.right = String(Boolean(right));
+    this.verdict.replaceChildren(make("b", {}, "The judge sees "),
+      `${tell(seen, this.world)}.${end}`);
   }
 }
 

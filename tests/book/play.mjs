@@ -2,7 +2,7 @@
 
 import {readFileSync} from "node:fs";
 
-const {code, folder, prompts, captions, noise, draw} = JSON.parse(readFileSync(0));
+const {code, folder, prompts, captions, noise, draw, pictures} = JSON.parse(readFileSync(0));
 const load = (name) => import(`${code}/${name}`);
 const bytes = (name) => new Uint8Array(readFileSync(`${folder}/${name}.onnx`));
 const answer = {};
@@ -29,6 +29,14 @@ if (captions.length) {
 
 const {randn} = await load("random.js");
 answer.noise = noise.map(([seed, size]) => Array.from(randn(seed, size)));
+
+const {Judge, satisfies, tell} = await load("judge.js");
+const judge = new Judge(JSON.parse(readFileSync(`${folder}/judge.json`)));
+answer.judged = pictures.map(([picture, caption]) => {
+  const seen = judge.read(new Uint8Array(Buffer.from(picture, "base64")));
+  const right = satisfies(seen, read(caption, facts.world), facts.world);
+  return {...seen, right, text: tell(seen, facts.world)};
+});
 
 if (draw.length) {
   const ort = await load("vendor/ort.wasm.bundle.min.mjs");

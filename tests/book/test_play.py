@@ -4,6 +4,7 @@ tests/book/play.mjs runs the page's own modules; the networks are exported once,
 the folder where `make book` looks for them.
 """
 
+import base64
 import functools
 import json
 import random
@@ -19,7 +20,8 @@ import torch
 from helpers import load_tool, relative_error
 
 from sdbook import StableDiffusion
-from sdbook.scenes import PLACES, RELATIONS, Scenes, read_caption
+from sdbook.evaluation import Judge, satisfies
+from sdbook.scenes import PLACES, RELATIONS, Scenes, Thing, draw, read_caption
 from sdbook.schedulers import make_scheduler
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,6 +65,28 @@ def strangers(count=200):
 
 
 @functools.cache
+def looked_at():
+    """[(pixels with opacity, caption)]: scenes, every third noisy or told wrongly."""
+    things = (
+        Thing("star", "red", "big", 0.3, 0.3), Thing("fish", "blue", "small", 0.7, 0.4),
+        Thing("fish", "blue", "small", 0.6, 0.8),
+    )  # fmt: skip
+    scene = [Scenes(split="validation").scene(i) for i in range(40)]
+    shown = [(things, "paper", "a red star and two blue fish on paper")]
+    shown += [(s.things, s.background, s.caption) for s in scene]
+    dice, result = np.random.default_rng(0), []
+    for i, (things, ground, caption) in enumerate(shown):
+        pixels = draw(things, ground).astype(float)
+        if i % 3 == 1:
+            pixels = (pixels + dice.normal(0, 10, pixels.shape)).clip(0, 255)
+        if i % 3 == 2:
+            caption = scene[i % 7].caption
+        opaque = np.full((*pixels.shape[:2], 1), 255.0)
+        result.append((np.concatenate([pixels, opaque], 2).astype(np.uint8), caption))
+    return result
+
+
+@functools.cache
 def node():
     """The JavaScript engine: Node, or the one that playwright brings along."""
     if found := shutil.which("node"):
@@ -99,7 +123,10 @@ def pipe():
 def answers(folder):
     return in_node(
         folder=str(folder), prompts=TRICKY + strangers(), captions=CAPTIONS,
-        noise=NOISE, draw=DRAW,
+        noise=NOISE, draw=DRAW, pictures=[
+            (base64.b64encode(pixels.tobytes()).decode(), caption)
+            for pixels, caption in looked_at()
+        ],
     )  # fmt: skip
 
 
@@ -129,6 +156,22 @@ def test_captions_are_read_as_the_package_reads_them(answers):
         assert links.get(ours["relation"]) == theirs.relation
         assert ours["place"] == PLACES.get(theirs.background, "")
         assert said == caption, "and said again in the same words"
+
+
+def test_the_judge_sees_the_same(answers):
+    judge, told = Judge(), answers["judged"]
+    rights = 0
+    for (pixels, caption), ours in zip(looked_at(), told, strict=True):
+        theirs = judge.read(pixels[..., :3])
+        assert (ours["ground"], ours["unknown"]) == (theirs.background, theirs.unknown)
+        found = [(t["shape"], t["colour"], t["size"]) for t in ours["things"]]
+        assert found == [(t.shape, t.colour, t.size) for t in theirs.things], caption
+        for here, there in zip(ours["things"], theirs.things, strict=True):
+            assert abs(here["x"] - there.x) + abs(here["y"] - there.y) < 1e-6
+        assert ours["right"] == satisfies(theirs, read_caption(caption)), caption
+        rights += ours["right"]
+    assert 10 < rights < 30, "some are right, and some are wrong"
+    assert told[0]["text"] == "a red star and two blue fish, on paper"
 
 
 def test_a_word_that_is_taken_changes_the_thing_that_it_is_about(answers):
