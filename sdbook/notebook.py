@@ -16,10 +16,11 @@ tools/book/export.py writes the method into the one class of the module. (The id
 """
 
 import builtins
+import functools
 import inspect
 from types import FunctionType
 
-__all__ = ["add_to"]
+__all__ = ["add_to", "in_words"]
 
 
 def add_to(cls):
@@ -52,3 +53,21 @@ def add_to(cls):
         return function.__globals__.get(name, getattr(builtins, name, None))
 
     return add
+
+
+def in_words(check):
+    """An exercise's check that says what it finds in a sentence, never in a traceback.
+
+    `check` returns a few words, such as "right"; what it asserts in vain becomes
+    "Not yet: …". Other errors are the answer's own, and are raised.
+    """
+
+    @functools.wraps(check)
+    def sentence(*answer):
+        try:
+            found = check(*answer)
+        except AssertionError as error:
+            found = f"not yet: {str(error) or 'that is not it'}"
+        return found[:1].upper() + found[1:] + "."
+
+    return sentence
