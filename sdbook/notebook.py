@@ -13,13 +13,15 @@
 `Circle(1).area()` works at once. In the package there is no trace of it:
 tools/book/export.py writes the method into the one class of the module. (The idea is
 `add_to_class` of Dive into Deep Learning.)
+
+`tell(check, answer)` says what an exercise's check thinks of an answer.
 """
 
 import builtins
 import inspect
 from types import FunctionType
 
-__all__ = ["add_to"]
+__all__ = ["add_to", "tell"]
 
 
 def add_to(cls):
@@ -52,3 +54,16 @@ def add_to(cls):
         return function.__globals__.get(name, getattr(builtins, name, None))
 
     return add
+
+
+def tell(check, *answers):
+    """Print what an exercise's check says of an answer, as a sentence.
+
+    A check returns "right" or what is missing, or fails an assertion that says what
+    is wrong; any other error is the answer's own, and raised.
+    """
+    try:
+        said = check(*answers)
+    except AssertionError as error:
+        said = f"not quite: {error}"
+    print(f"{said[0].upper()}{said[1:]}.")
