@@ -5,6 +5,7 @@ Written by hand. Chapters 7 and 10 teach what the options do.
 
 import math
 from pathlib import Path
+from typing import SupportsFloat
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def read_options(path: Path) -> tuple[str, dict]:
     return str(values.get("_class_name")), options
 
 
-def check_batch(t: float | Tensor, x: Tensor, noise: Tensor | None = None) -> Tensor:
+def check_batch(t: SupportsFloat, x: Tensor, noise: Tensor | None = None) -> Tensor:
     """t as a tensor: one number, or one for each item of x; noise for all of x."""
     t = torch.as_tensor(t)
     if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(x))):
