@@ -1,14 +1,14 @@
 """What the divergence is for: one small autoencoder, trained with different weights.
 
     tools/experiments/measure_kl.py              all, at most 3 CPU minutes for each
-    tools/experiments/measure_kl.py --seeds 0 --steps 30 --record /tmp/kl    a trial
+    tools/experiments/measure_kl.py --steps 30 --record /tmp/kl    a trial
 
 Chapter 5 says what is compared. The network, the pictures (scenes, halved to 32 × 32
 pixels) and their order are the same for each; only the loss differs: without a cloud at
-all (z = μ); with a cloud, and weights of the divergence from 0 to 0.01, which is about
-what the bound itself asks for. Writes kl.json, numbers for each variant and seed, and
-kl.png, what the first seed's decoders make of some latents: of two pictures' own, of
-the middles of two walks, of two draws from N(0, 1), of two draws with the latents'
+all (z = μ); with a cloud, and weights of the divergence from 0 over 0.01, which is about
+what the bound itself asks for, to 1. Writes kl.json, numbers for each variant and seed,
+and kl.png, what the first seed's decoders make of some latents: of two pictures' own,
+of the middles of two walks, of two draws from N(0, 1), of two draws with the latents'
 spread.
 """
 
@@ -36,7 +36,7 @@ CONFIG = VAEConfig(
     block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8
 )
 # The name of a variant, the weight of its divergence; a point has no cloud.
-VARIANTS = {"point": 0.0, "0": 0.0, "1e-6": 1e-6, "1e-5": 1e-5, "1e-2": 1e-2}
+VARIANTS = {"point": 0.0, "0": 0.0, "1e-6": 1e-6, "1e-5": 1e-5, "1e-2": 1e-2, "1": 1.0}
 NOISES = (0.05, 0.1, 0.2, 0.5)  # in units of the latents' own spread
 PLACES = 16  # steps of a walk
 
@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--record", type=Path, default=ROOT / "data/runs/kl")
     options = parser.parse_args(arguments)
