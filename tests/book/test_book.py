@@ -552,3 +552,66 @@ def test_search_finds_a_chapter_and_there_is_one_search_bar(open_page):
     page = open_page("chapters/00_the_whole_picture.html")
     bars = page.locator("button.search-button-field:visible, form.bd-search:visible")
     assert bars.count() == 1
+
+
+# The model in the page ----------------------------------------------------------
+
+DRAWN = """() => {
+  const picture = document.querySelector('form.draw canvas.picture');
+  const {width, height} = picture;
+  return [...picture.getContext('2d').getImageData(0, 0, width, height).data]}"""
+
+
+@pytest.fixture
+def drawing(site):
+    """Fill in a page's prompt line, draw, and say what the page then says."""
+    if not (site / "_static" / "play" / "pack").exists():
+        pytest.skip("pages stay still without onnx: pip install -r requirements.txt")
+
+    def drawing(page, prompt, seed):
+        page.fill("form.draw input[type=text]", prompt)
+        page.fill("form.draw input[type=number]", str(seed))
+        page.press("form.draw input[type=text]", "Enter")
+        status = page.locator("form.draw .status")
+        end = "s => /Drawn on|could not/.test(document.querySelector(s).textContent)"
+        page.wait_for_function(end, arg="form.draw .status", timeout=120_000)
+        return status.inner_text()
+
+    return drawing
+
+
+def test_the_page_draws_what_the_package_draws(open_page, drawing):
+    from sdbook import StableDiffusion
+
+    page = open_page("index.html")
+    loaded = len(page.asked)
+    assert not [url for url in page.asked if "/pack/" in url and "film" not in url]
+    assert "MB" in page.locator("form.draw .status").inner_text(), "said beforehand"
+    assert page.locator("figure img[src*=first_pictures]").count() == 1
+    assert drawing(page, "a purple boat", 3).startswith("Drawn on your machine")
+    drawn = page.evaluate(DRAWN)
+    assert len(page.asked) > loaded, "the model was loaded at the click"
+    pipe = StableDiffusion.from_pretrained("scenes")
+    expected = pipe("a purple boat", seed=3, progress=False).images[0].convert("RGBA")
+    theirs = list(expected.tobytes())
+    assert max(abs(a - b) for a, b in zip(drawn, theirs, strict=True)) <= 1
+    page.fill("form.draw input[type=text]", "a purple dragon")
+    assert "dragon" in page.locator("form.draw .hint").inner_text()
+    page.close()
+
+
+def test_the_page_draws_when_it_is_opened_as_a_file(browser, site, drawing):
+    page = browser.new_page()
+    page.set_default_timeout(120_000)
+    page.goto((site / "chapters" / "00_the_whole_picture.html").as_uri())
+    page.wait_for_selector("form.draw")
+    assert drawing(page, "two green fish", 1).startswith("Drawn on your machine")
+    page.close()
+
+
+def test_without_javascript_the_picture_stands(browser, address):
+    page = browser.new_page(java_script_enabled=False)
+    page.goto(urljoin(address, "index.html"))
+    assert page.locator("figure img[src*=first_pictures]").is_visible()
+    assert page.locator("form.draw").count() == 0
+    page.close()
