@@ -4,11 +4,11 @@
     tools/experiments/measure_kl.py --steps 30 --record /tmp/kl    a trial
 
 Chapter 5 says what is compared. The network, the pictures (scenes, halved to 32 × 32
-pixels) and their order are the same for each; only the loss differs: without a cloud at
-all (z = μ); with a cloud, and weights of the divergence from 0 over 0.01, which is about
-what the bound itself asks for, to 1. Writes kl.json, numbers for each variant and seed,
-and kl.png, what the first seed's decoders make of some latents: of two pictures' own,
-of the middles of two walks, of two draws from N(0, 1), of two draws with the latents'
+pixels) and their order are the same for each; only the loss differs: without a cloud
+(z = μ); with one, and weights of the divergence from 0 over 0.01, which is about what
+the bound itself asks for, to 1. Writes kl.json, numbers for each variant and seed, and
+kl.png, what the first seed's decoders make of some latents: of two pictures' own, of
+the middles of two walks, of two draws from N(0, 1), of two draws with the latents'
 spread.
 """
 
