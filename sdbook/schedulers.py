@@ -183,16 +183,6 @@ class Scheduler:
         alpha_bar = alpha_bar.reshape(t.shape + (1,) * (x.ndim - t.ndim))
         return alpha_bar.sqrt().to(x.dtype), (1 - alpha_bar).sqrt().to(x.dtype)
 
-    def add_noise(self, x0: Floats, noise: Floats, t: Timesteps) -> Floats:
-        """x_t = √ᾱ_t x0 + √(1-ᾱ_t) noise: all t steps at once (Ho et al., eq. 4)."""
-        signal, spread = self.levels(t, x0, noise)
-        return signal * x0 + spread * noise
-
-    def velocity(self, x0: Floats, noise: Floats, t: Timesteps) -> Floats:
-        """v = √ᾱ_t noise - √(1-ᾱ_t) x0, the target of Salimans and Ho (2022)."""
-        signal, spread = self.levels(t, x0, noise)
-        return signal * noise - spread * x0
-
     def target(self, x0: Floats, noise: Floats, t: Timesteps) -> Floats:
         """What a network of this prediction type has to answer at (x_t, t)."""
         kind = self.config.prediction_type
@@ -204,6 +194,16 @@ class Scheduler:
         """Signal-to-noise ratio ᾱ_t / (1-ᾱ_t), on the CPU."""
         alpha_bar = self.alphas_cumprod[t if isinstance(t, int) else t.cpu()]
         return alpha_bar / (1 - alpha_bar)
+
+    def add_noise(self, x0: Floats, noise: Floats, t: Timesteps) -> Floats:
+        """x_t = √ᾱ_t x0 + √(1-ᾱ_t) noise: all t steps at once (Ho et al., eq. 4)."""
+        signal, spread = self.levels(t, x0, noise)
+        return signal * x0 + spread * noise
+
+    def velocity(self, x0: Floats, noise: Floats, t: Timesteps) -> Floats:
+        """v = √ᾱ_t noise - √(1-ᾱ_t) x0, the target of Salimans and Ho (2022)."""
+        signal, spread = self.levels(t, x0, noise)
+        return signal * noise - spread * x0
 
     def split(self, output: Sample, t: Timestep, x: Sample) -> tuple[Sample, Sample]:
         """(x0, noise) that the model's output at x_t amounts to, before clipping."""
