@@ -68,7 +68,7 @@ class Records:
         rows = self.read("kl/kl.json")["rows"]
         value = next(row for row in rows if row["variant"] == weight)
         for name in number.split():
-            value = value[name]
+            value = sum(value) / len(value) if name == "mean" else value[name]
         return f"{value:.{digits}f}"
 
     def hours(self, row: int = -1) -> float:
