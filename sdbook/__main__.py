@@ -30,11 +30,14 @@ COMMANDS = {
         "run.evaluating.EvaluationConfig", "run.evaluating.evaluate"),
     "plot": ("draw the curves of runs",
         "run.curves.PlotConfig", "run.curves.plot"),
+    "check": ("compare a part that you wrote with the book's",
+        "run.grading.CheckConfig", "run.grading.check"),
 }  # fmt: skip
 # Lists of texts that are taken as they are typed, and not read as YAML.
 AS_TYPED = {
     "prompt": ("--prompt", "TEXT", "what to draw, one text or more"),
     "runs": ("runs", "RUN", "output_dirs of trainings, or their log.jsonl"),
+    "answer": ("answer", "PART FILE", "a part's number or name, and your file"),
 }
 # Flags of the first edition, and what to do without them.
 GONE = dict.fromkeys(

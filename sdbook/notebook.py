@@ -13,15 +13,14 @@
 `Circle(1).area()` works at once. In the package there is no trace of it:
 tools/book/export.py writes the method into the one class of the module. (The idea is
 `add_to_class` of Dive into Deep Learning.)
-
-`tell(check, answer)` says what an exercise's check thinks of an answer.
 """
 
 import builtins
+import functools
 import inspect
 from types import FunctionType
 
-__all__ = ["add_to", "tell"]
+__all__ = ["add_to", "in_words"]
 
 
 def add_to(cls):
@@ -56,14 +55,19 @@ def add_to(cls):
     return add
 
 
-def tell(check, *answers):
-    """Print what an exercise's check says of an answer, as a sentence.
+def in_words(check):
+    """An exercise's check that says what it finds in a sentence, never in a traceback.
 
-    A check returns "right" or what is missing, or fails an assertion that says what
-    is wrong; any other error is the answer's own, and raised.
+    `check` returns a few words, such as "right"; what it asserts in vain becomes
+    "Not yet: …". Other errors are the answer's own, and are raised.
     """
-    try:
-        said = check(*answers)
-    except AssertionError as error:
-        said = f"not quite: {error}"
-    print(f"{said[0].upper()}{said[1:]}.")
+
+    @functools.wraps(check)
+    def sentence(*answer):
+        try:
+            found = check(*answer)
+        except AssertionError as error:
+            found = f"not yet: {str(error) or 'that is not it'}"
+        return found[:1].upper() + found[1:] + "."
+
+    return sentence

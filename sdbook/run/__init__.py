@@ -2,5 +2,5 @@
 
 A training's settings, checkpoint files, log, progress, memory and plan; the tables of
 the cache; what a training of the UNet, and a fine-tuning, start from; and the commands
-`sample`, `evaluate` and `plot`.
+`sample`, `evaluate`, `plot` and `check`.
 """

@@ -148,7 +148,7 @@ AXE = """async (options) => {
 # The dark has the colours of one style sheet, whatever a page says.
 ONE_OF_EACH_LOOK = {
     "index.html", "search.html", "chapters/02_resblocks.html", "pages/notation.html",
-    "pages/glossary.html", "pages/api/schedulers.html",
+    "pages/glossary.html", "pages/api/schedulers.html", "pages/proofs.html",
 }  # fmt: skip
 # What the eye is told must not be cut off: formulas that do not fit can be scrolled to.
 CUT_OFF = """() => [...document.querySelectorAll('mjx-container, div.math')].filter(
@@ -320,6 +320,24 @@ def test_the_map_leads_to_every_chapter(site):
         numbered = [path for path in CHAPTERS if path.stem[0].isdigit()]
         assert sorted(links) == [chapter_page(path) for path in numbered]
     assert text.count('<svg class="parts-map') == 2
+
+
+def test_a_chapter_says_where_it_is_how_long_it_is_and_what_it_proved(site):
+    """And the pages that sum it up have them all."""
+    reading = (site / "pages" / "reading.html").read_text(encoding="utf-8")
+    proofs = (site / "pages" / "proofs.html").read_text(encoding="utf-8")
+    rows = load_tool("proofs").all_proofs()
+    for path in CHAPTERS:
+        text = (site / chapter_page(path)).read_text(encoding="utf-8")
+        strips = re.findall(r'<svg class="here".*?</svg>', text, re.DOTALL)
+        assert len(strips) == (path.stem[0] not in "AB"), path.stem  # no part of it
+        assert re.search(r"<strong>Reads in</strong> about \d+ minutes", text)
+        assert f'href="../{chapter_page(path)}"' in reading
+        own = [row for row in rows if row.docname == f"chapters/{path.stem}"]
+        assert text.count(">largest difference<") == bool(own), path.stem
+    assert proofs.count("<tr") == len(rows) + 1
+    front = (site / "index.html").read_text(encoding="utf-8")
+    assert f"<strong>{len(rows)} parts of " in front
 
 
 def test_chapters_open_in_colab_with_one_click(site):

@@ -3,9 +3,10 @@
 from dataclasses import asdict
 from xml.etree import ElementTree
 
+import nbformat
 import pytest
 import torch
-from helpers import load_tool
+from helpers import ROOT, load_tool
 
 from sdbook.unet import UNet, UNetConfig
 
@@ -45,8 +46,23 @@ def test_svg_is_sound():
         svg = drawing.draw_u(config, here)
         root = ElementTree.fromstring(svg)
         assert root.tag == "svg" and root.get("aria-label")
+    linked = drawing.draw_u(config, "vae", links={"vae": "05.html", "data": "04.html"})
+    root = ElementTree.fromstring(linked)
+    assert root.get("role") == "group"
+    links = {a.get("href"): a.get("aria-label") for a in root.iter("a")}
+    assert links == {"05.html": drawing.PARTS["vae"], "04.html": drawing.PARTS["data"]}
     whole = drawing.draw_u(config)
     assert whole.count("carried across") == 12 + 1  # the label says it, too
     assert whole.count('aria-label="attention"') == 6 + 9 + 1
     with pytest.raises(ValueError, match="here='text'.*clip"):
         drawing.draw_u(config, "text")
+
+
+def test_blocks_lead_to_their_sections():
+    for link in drawing.LINKS.values():
+        page, anchor = link.split("#")
+        notebook = nbformat.read(
+            ROOT / "chapters" / f"{page[:-5] or '03_unet'}.ipynb", 4
+        )
+        lines = "\n".join(cell.source for cell in notebook.cells).splitlines()
+        assert f"({anchor})=" in lines, link

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import load_tool
 
-from sdbook.notebook import add_to
+from sdbook.notebook import add_to, in_words
 
 ROOT = Path(__file__).resolve().parents[2]
 export = load_tool("export")
@@ -659,3 +659,21 @@ def test_from_the_command_line():
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0
     assert "--check" in result.stdout
+
+
+# The checks of exercises ---------------------------------------------------------
+
+
+def test_a_check_says_its_finding_in_a_sentence():
+    @in_words
+    def check(answer):
+        if answer > 2:  # pytest adds to the message of an assert
+            raise AssertionError(*[f"{answer} is too large"][answer > 8 :])
+        return "not yet: answer is 0" if answer == 0 else "right"
+
+    said = [check(answer) for answer in (0, 2, 7, 9)]
+    assert said[:2] == ["Not yet: answer is 0.", "Right."]
+    assert said[2:] == ["Not yet: 7 is too large.", "Not yet: that is not it."]
+    assert check.__name__ == "check"
+    with pytest.raises(TypeError):
+        check("seven")

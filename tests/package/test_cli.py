@@ -752,7 +752,8 @@ for command, (_, place, _) in COMMANDS.items():
     config_class = find(place)
     parser = make_parser(command, config_class)
     command_line.make_parser = lambda *given: parser  # 200 times the same
-    asked = {"sample": "prompt: a", "plot": "runs: a"}.get(command, "seed: 3")
+    asked = {"sample": "prompt: a", "plot": "runs: a", "check": "answer: a"}
+    asked = asked.get(command, "seed: 3")
     for one in fields(config_class):
         alone = [""] if command in ("sample", "train") else []
         for other in (*alone, asked):

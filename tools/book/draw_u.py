@@ -41,17 +41,18 @@ BLUE, ORANGE, PURPLE, GREY = "#3565bc", "#bf7d3a", "#9032e6", "#7f7a71"
 WIDTH, ROW, GAP, BOX, LEFT, INDENT = 440, 28, 12, 118, 30, 13
 
 
-def draw_u(config, here=None, links=LINKS):
+def draw_u(config, here=None, links=None):
     """An SVG of the U, or with `here` a strip of the pipeline with that part marked.
 
     `config`: a `UNetConfig`, or what stands in its config.json as a dict. `here`: one
-    of `PARTS`. Raises ValueError for another.
+    of `PARTS`. `links`: where blocks of the U (`LINKS`), or the parts of the strip,
+    lead. Raises ValueError for another part.
     """
     if here is None:
-        return whole_u(config, links)
+        return whole_u(config, LINKS if links is None else links)
     if here not in PARTS:
         raise ValueError(f"here={here!r}: expected one of {', '.join(PARTS)}")
-    return strip(config, here)
+    return strip(config, here, links or {})
 
 
 def rows_of(config):
@@ -195,7 +196,8 @@ def anchor(link, drawn, name):
     if not link:
         return drawn
     href, name = html.escape(link), html.escape(name)
-    return f'<a href="{href}" aria-label="{name}">{drawn}</a>'
+    style = "text-decoration: none"
+    return f'<a href="{href}" aria-label="{name}" style="{style}">{drawn}</a>'
 
 
 def svg(width, height, inside, label, shown, kind="u", role="group"):
@@ -210,7 +212,7 @@ def svg(width, height, inside, label, shown, kind="u", role="group"):
 # The strip ------------------------------------------------------------------------
 
 
-def strip(config, here):
+def strip(config, here, links):
     """Prompt, text encoder, UNet and scheduler, autoencoder; below, how it learns."""
     parts = {
         "clip": lit(here == "clip", 30, 26, 62, "words", "to vectors"),
@@ -242,11 +244,15 @@ def strip(config, here):
              "finetuning": "fine-tuning"}  # fmt: skip
     for part, name in names.items():
         size = 6.3 * len(name) + 12
-        below += pill(part == here, x, 92, size, name)
+        drawn = pill(part == here, x, 92, size, name)
+        below += anchor(links.get(part), drawn, PARTS[part])
         x += size + 10
-    inside = frame + arrows + "".join(parts.values()) + small_u(config, here) + below
+    parts["unet"] = small_u(config, here)
+    boxes = "".join(anchor(links.get(k), v, PARTS[k]) for k, v in parts.items())
+    inside = frame + arrows + boxes + below
     label = f"You are here: {PARTS[here]}"
-    return svg(444, 114, inside, label, 460, "here", "img")
+    role = "group" if links else "img"
+    return svg(444, 114, inside, label, 460, "here", role)
 
 
 def lit(on, x, y, width, *lines):
