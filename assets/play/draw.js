@@ -1,7 +1,8 @@
 // "Draw with the model": a prompt, words to choose from, and the picture as it forms.
 
-import {make, short, show, still} from "./dom.js";
+import {make, oneStop, short, show, still} from "./dom.js";
 import {engineOf} from "./engine.js";
+import {satisfies, tell} from "./judge.js";
 import {invent, read, say, strangers, take} from "./words.js";
 
 const CELLS = 8; // pictures in the film strip
@@ -33,6 +34,7 @@ class Draw {
     });
     this.go = make("button", {type: "submit", class: "go"}, "Draw");
     this.hint = make("p", {id: `${this.id}-hint`, class: "hint", "aria-live": "polite"});
+    this.verdict = make("p", {class: "verdict", "aria-live": "polite"});
     this.status = make("p", {class: "status", role: "status"});
     this.count = make("span", {class: "count", "aria-hidden": "true"});
     this.bar = make("progress", {max: 1, value: 0, "aria-label": "Progress"});
@@ -42,15 +44,16 @@ class Draw {
     this.labels = this.film.map(() => make("span", {"aria-hidden": "true"}));
     const film = make("div", {class: "film"}, ...this.film.map((frame, k) =>
       make("div", {}, frame, this.labels[k])));
+    const python = make("p", {class: "python"}, make("span", {}, "The same in Python:"),
+      this.code);
     this.root = make("form", {class: "draw", "aria-label": "Draw with the model",
       onsubmit: (event) => (event.preventDefault(), this.run())},
       make("div", {class: "line"},
         make("label", {for: `${this.id}-prompt`, class: "unseen"}, "Prompt"),
-        this.prompt, this.go), this.hint, this.chips(),
-      make("div", {class: "stage"}, this.picture, make("div", {class: "side"},
-        film, this.controls(), make("div", {class: "doing"}, this.bar, this.count),
-        this.status)),
-      make("p", {class: "python"}, make("span", {}, "The same in Python:"), this.code));
+        this.prompt, this.go), this.bar,
+      make("div", {class: "doing"}, this.status, this.count), this.chips(), this.hint,
+      make("div", {class: "stage"}, this.picture,
+        make("div", {class: "side"}, film, this.verdict, this.controls(), python)));
     this.before(facts.film);
     this.reread();
     this.tell(this.size());
@@ -58,8 +61,8 @@ class Draw {
 
   size() {
     const megabytes = short(engineOf(this.facts).bytes / 1e6, 0);
-    return `The first drawing loads the model, ${megabytes} MB, once. It then draws on ` +
-      "your machine: nothing that you type leaves this page.";
+    return `The first drawing loads the model, ${megabytes} MB, once. Nothing that you ` +
+      "type leaves this page.";
   }
 
   // What the package drew while the book was made, until something is drawn here.
@@ -108,18 +111,19 @@ class Draw {
         this.buttons.push({button, kind, value});
         return button;
       });
-      return make("div", {class: "row", role: "group", "aria-label": label},
+      oneStop(buttons);
+      return make("div", {class: "row", role: "toolbar", "aria-label": label},
         make("span", {class: "name", "aria-hidden": "true"}, label),
         make("div", {class: "chips"}, ...buttons));
     };
     const surprise = make("button", {type: "button", class: "chip surprise",
       onclick: () => this.surprise()}, "surprise me");
     const rows = make("div", {class: "words"},
-      row("count", "how many", [[1, "one"], [2, "two"], [3, "three"]]),
+      row("count", "number", [[1, "one"], [2, "two"], [3, "three"]]),
       row("colour", "colour", Object.entries(colours).map(
         ([name, css]) => [name, name, swatch(css)])),
       row("thing", "thing", Object.keys(things).map((name) => [name, name, icon(name)])),
-      row("relation", "and where", links.map((name) => [name, name])),
+      row("relation", "where", links.map((name) => [name, name])),
       row("place", "ground", Object.entries(places).map(
         ([name, text]) => [text, text, swatch(this.facts.grounds[name])])));
     rows.firstChild.lastChild.append(surprise);
@@ -159,8 +163,8 @@ class Draw {
     if (request?.groups.length === 2) {
       const {colour, thing} = request.groups[this.at];
       const name = [colour, thing].filter(Boolean).join(" ");
-      return `The words below are about the ${name}. For the other thing, click on it ` +
-        "in the prompt.";
+      return `These words are about the ${name}. For the other thing, click on it in ` +
+        "the prompt.";
     }
     return "";
   }
@@ -263,7 +267,7 @@ class Draw {
       this.go.disabled = false;
       if (turn !== this.busy) return;
       this.tell(`The model could not be started here (${error.message}). The picture ` +
-        "above was drawn when this page was made; “Draw” tries again.");
+        "below was drawn when this page was made; “Draw” tries again.");
       this.doing(0, "");
     }
     if (turn === this.busy) this.root.classList.remove("busy");
@@ -273,6 +277,7 @@ class Draw {
     engine.stop();
     const wish = this.wish(), frames = framesOf(wish.steps), quiet = still();
     this.tell("Drawing …");
+    this.verdict.replaceChildren();
     this.label(frames, wish.steps);
     if (!quiet) for (const canvas of this.film) clear(canvas);
     const kept = [];
@@ -292,6 +297,16 @@ class Draw {
     this.describe(`Drawn here, now: ${wish.prompt || "nothing in particular"}`);
     this.doing(1, "");
     this.tell(`Drawn on your machine in ${short(drawn.seconds)} seconds.`);
+    this.judge(drawn.seen, read(wish.prompt, this.world));
+  }
+
+  // What the judge of chapter 11 sees, and whether it was asked for.
+  judge(seen, request) {
+    const right = request && satisfies(seen, request, this.world);
+    const end = !request ? "" : right ? " Right!" : " That is not what you asked for.";
+    this.verdict.dataset.right = String(Boolean(right));
+    this.verdict.replaceChildren(make("b", {}, "The judge sees "),
+      `${tell(seen, this.world)}.${end}`);
   }
 }
 

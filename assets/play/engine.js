@@ -2,7 +2,7 @@
 // worker. All live parts of a page share one engine.
 
 const SECONDS = {read: 60, open: 120, draw: 120}; // then something is stuck
-const MODULES = ["model.js", "random.js", "samplers.js", "tokenizer.js"];
+const MODULES = ["judge.js", "model.js", "random.js", "samplers.js", "tokenizer.js"];
 const RUNTIME = "vendor/ort.wasm.bundle.min.mjs";
 
 let shared = null;

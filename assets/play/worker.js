@@ -7,7 +7,7 @@
 // In comes {id, call, args}; out go {id, event} while it works, and at the end {id,
 // result} or {id, error}.
 
-let model = null;
+let model = null, judge = null;
 let given_up = 0; // calls up to this number are not wanted any more
 
 async function unpack(bytes) {
@@ -32,17 +32,21 @@ const calls = {
     ort.env.wasm.numThreads = 1; // more would need a page with headers for isolation
     ort.env.wasm.wasmBinary = await unpack(files["ort.wasm"]);
     ort.env.logLevel = "error";
-    const facts = JSON.parse(new TextDecoder().decode(await unpack(files["model.json"])));
+    const read = async (name) =>
+      JSON.parse(new TextDecoder().decode(await unpack(files[name])));
+    const {Judge} = await import(address("judge.js"));
+    judge = new Judge(await read("judge.json"));
     const networks = {};
     for (const name of ["text", "unet", "vae"]) {
       networks[name] = await unpack(files[`${name}.onnx`]);
     }
-    model = await Model.open(ort, facts, networks);
+    model = await Model.open(ort, await read("model.json"), networks);
     await model.decode(await model.denoise({prompt: "", steps: 1})); // the slow first time
   },
 
   // Draw a request of model.js. Tells of every step, and shows the picture at those that
-  // `frames` lists. At the end {picture, latents, seconds}, or null if it was given up.
+  // `frames` lists. At the end {picture, latents, seconds, seen}, or null if it was given
+  // up. `seen` is what the judge sees.
   async draw({frames = [], ...request}, say, id) {
     const start = performance.now();
     const latents = await model.denoise(request, async ({step, steps, x, heard}) => {
@@ -53,7 +57,8 @@ const calls = {
     });
     if (latents === null) return null;
     const picture = await model.decode(latents);
-    return {picture, latents, seconds: (performance.now() - start) / 1000};
+    const seconds = (performance.now() - start) / 1000;
+    return {picture, latents, seconds, seen: judge.read(picture)};
   },
 };
 

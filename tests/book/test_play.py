@@ -4,6 +4,7 @@ tests/book/play.mjs runs the page's own modules; the networks are exported once,
 the folder where `make book` looks for them.
 """
 
+import base64
 import functools
 import json
 import random
@@ -19,12 +20,14 @@ import torch
 from helpers import load_tool, relative_error
 
 from sdbook import StableDiffusion
+from sdbook.evaluation import Judge, satisfies
+from sdbook.scenes import PLACES, RELATIONS, Scenes, Thing, draw, read_caption
 from sdbook.schedulers import make_scheduler
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAY = ROOT / "assets" / "play"
 TRICKY = [
-    "", " ", "a red star above a blue house", "A  Red\tSTAR\n", "three yellow flowers.",
+    "", " ", "a red star above a blue house", "A  Red\tSTAR\n", "three yelow flowers.",
     "a violin", "it's two o'clock, isn't it?", "1234 stars", "don't!'s", "''s 't",
     "naïve café e\u0301", "ΟΔΟΣ", "İstanbul", "ǅ ß ﬁ", "星が三つ", "🐟 two fish 🐟🏽",
     "a\u00a0b\u2003c\u3000d\ufeffe\u0085f", "<|endoftext|>", "a<|startoftext|>b",
@@ -51,11 +54,36 @@ DRAW = [
 ]  # fmt: skip
 
 
+CAPTIONS = [Scenes().scene(i).caption for i in range(300)]
+
+
 def strangers(count=200):
     """Texts of all kinds of letters, the same every time."""
     dice = random.Random(0)
     letters = "abcdefgh STAR 's12<|>.,-_éßΣжא你🌟\u0301\u200d\u00a0"
     return ["".join(dice.choices(letters, k=dice.randint(1, 30))) for _ in range(count)]
+
+
+@functools.cache
+def looked_at():
+    """[(pixels with opacity, caption)]: scenes, every third noisy or told wrongly."""
+    things = (
+        Thing("star", "red", "big", 0.3, 0.3), Thing("fish", "blue", "small", 0.7, 0.4),
+        Thing("fish", "blue", "small", 0.6, 0.8),
+    )  # fmt: skip
+    scene = [Scenes(split="validation").scene(i) for i in range(40)]
+    shown = [(things, "paper", "a red star and two blue fish on paper")]
+    shown += [(s.things, s.background, s.caption) for s in scene]
+    dice, result = np.random.default_rng(0), []
+    for i, (things, ground, caption) in enumerate(shown):
+        pixels = draw(things, ground).astype(float)
+        if i % 3 == 1:
+            pixels = (pixels + dice.normal(0, 10, pixels.shape)).clip(0, 255)
+        if i % 3 == 2:
+            caption = scene[i % 7].caption
+        opaque = np.full((*pixels.shape[:2], 1), 255.0)
+        result.append((np.concatenate([pixels, opaque], 2).astype(np.uint8), caption))
+    return result
 
 
 @functools.cache
@@ -70,7 +98,7 @@ def node():
 
 def in_node(**questions):
     """What tests/book/play.mjs answers."""
-    given = {"code": PLAY.as_uri(), "prompts": [], "noise": [], "draw": [], **questions}
+    given = {"code": PLAY.as_uri(), "captions": [], **questions}
     done = subprocess.run(
         [node(), ROOT / "tests" / "book" / "play.mjs"], input=json.dumps(given),
         capture_output=True, text=True, timeout=300,
@@ -93,8 +121,13 @@ def pipe():
 
 @pytest.fixture(scope="session")
 def answers(folder):
-    texts = TRICKY + strangers()
-    return in_node(folder=str(folder), prompts=texts, noise=NOISE, draw=DRAW)
+    return in_node(
+        folder=str(folder), prompts=TRICKY + strangers(), captions=CAPTIONS,
+        noise=NOISE, draw=DRAW, pictures=[
+            (base64.b64encode(pixels.tobytes()).decode(), caption)
+            for pixels, caption in looked_at()
+        ],
+    )  # fmt: skip
 
 
 def test_texts_have_the_same_ids(answers, pipe):
@@ -107,6 +140,56 @@ def test_texts_have_the_same_ids(answers, pipe):
         if ours != theirs
     ]
     assert not wrong, wrong[:3]
+
+
+def test_captions_are_read_as_the_package_reads_them(answers):
+    links = {word: name for name, words in RELATIONS.items() for word in words}
+    for caption, ours, said in zip(
+        CAPTIONS, answers["requests"], answers["said"], strict=True
+    ):
+        theirs = read_caption(caption)
+        groups = [
+            (g["count"], g["thing"], g["colour"] or None, g["size"] or None)
+            for g in ours["groups"]
+        ]
+        assert groups == [(g.count, g.shape, g.colour, g.size) for g in theirs.groups]
+        assert links.get(ours["relation"]) == theirs.relation
+        assert ours["place"] == PLACES.get(theirs.background, "")
+        assert said == caption, "and said again in the same words"
+
+
+def test_the_judge_sees_the_same(answers):
+    judge, told = Judge(), answers["judged"]
+    rights = 0
+    for (pixels, caption), ours in zip(looked_at(), told, strict=True):
+        theirs = judge.read(pixels[..., :3])
+        assert (ours["ground"], ours["unknown"]) == (theirs.background, theirs.unknown)
+        found = [(t["shape"], t["colour"], t["size"]) for t in ours["things"]]
+        assert found == [(t.shape, t.colour, t.size) for t in theirs.things], caption
+        for here, there in zip(ours["things"], theirs.things, strict=True):
+            assert abs(here["x"] - there.x) + abs(here["y"] - there.y) < 1e-6
+        assert ours["right"] == satisfies(theirs, read_caption(caption)), caption
+        rights += ours["right"]
+    assert 10 < rights < 30, "some are right, and some are wrong"
+    assert told[0]["text"] == "a red star and two blue fish, on paper"
+
+
+def test_a_word_that_is_taken_changes_the_thing_that_it_is_about(answers):
+    assert answers["taken"] == {
+        "1 orange": "a red star above an orange house",
+        "0 3": "three red stars above a blue house",
+        "0 red": "a star above a blue house",
+        "1 left of": "a red star left of a blue house",
+        "0 above": "a red star",
+        "1 at dusk": "a red star above a blue house at dusk",
+    }
+
+
+def test_words_of_another_world_are_noticed(answers):
+    strange = dict(zip(TRICKY, answers["strange"], strict=False))
+    assert strange["a red star above a blue house"] == []
+    assert strange["a violin"] == [{"word": "violin", "near": ""}]
+    assert strange["three yelow flowers."] == [{"word": "yelow", "near": "yellow"}]
 
 
 def test_a_seed_gives_the_same_noise(answers):
@@ -204,5 +287,6 @@ def test_the_vendored_runtime_is_the_published_one():
 
 def test_modules_import_nothing_from_elsewhere():
     for path in PLAY.glob("*.js"):
-        for name in re.findall(r"""from ["']([^"']+)["']""", path.read_text("utf-8")):
+        lines = path.read_text(encoding="utf-8")
+        for name in re.findall(r'^import .* from "([^"]+)"', lines, re.M):
             assert re.fullmatch(r"\./\w+\.js", name) and (PLAY / name).exists(), path

@@ -50,7 +50,7 @@ ResBlock           largest relative difference 3.1e-07 (allowed 1e-05)
 def test_printed_lines_become_rows(tmp_path):
     path = notebook(
         tmp_path, "## Build", ("", "Early differs by 1 (allowed 2)\n"), "## Proof",
-        ("import diffusers\ndef wilson(): ...", SAID),
+        ("import diffusers\ndef wilson(): ...\ntheirs = diffusers.UNet()", SAID),
         ("x = 1", "late differs by 1e-09 (allowed 1e-08)"),
         "## Break it", ("", "eps 1e-5 differs by 7e-02 (allowed 1e-05)\n"),
     )  # fmt: skip
@@ -70,11 +70,13 @@ def test_printed_lines_become_rows(tmp_path):
     assert [row.name for row in rows if row.relative] == [
         "ResBlock", "ddpm", "PNDMScheduler"
     ]  # fmt: skip
-    assert rows[2].unit == "levels" and rows[0].reference == "diffusers"
+    assert rows[2].unit == "levels"
+    assert {row.reference for row in rows[:-2]} == {"diffusers"}
+    assert [row.reference for row in rows[-2:]] == ["SciPy", ""]
     assert {row.chapter for row in rows} == {"2"}
     assert proofs.summary(rows) == (
-        "10 parts of 1 chapter, largest relative difference 3e-07; none uses more than "
-        "20 % of what is allowed"
+        "10 parts of 1 chapter in 10 comparisons, largest relative difference 3e-07; "
+        "none uses more than 20 % of what is allowed"
     )
 
 

@@ -3,10 +3,11 @@
     tools/book/export_onnx.py                    data/models/scenes into _build/onnx
     tools/book/export_onnx.py --model FOLDER --out FOLDER
 
-Writes text.onnx, unet.onnx and vae.onnx (the decoder), and model.json with all that
-JavaScript needs besides: sizes, the scheduler's options, the words. `make book` does it
-by itself (sphinx_play.py), and again only when the model, or this file, has changed. It
-needs the packages onnx and onnxscript.
+Writes text.onnx, unet.onnx and vae.onnx (the decoder), model.json with all that
+JavaScript needs besides (sizes, the scheduler's options, the words), and judge.json,
+the drawings that chapter 11's judge compares with. `make book` does it by itself
+(sphinx_play.py), and again only when the model, or this file, has changed. It needs the
+packages onnx and onnxscript.
 
 - Shapes are fixed: one picture of the size that the model was trained on.
 - The UNet takes one latent and two contexts, the two halves of guidance, and answers
@@ -18,6 +19,7 @@ needs the packages onnx and onnxscript.
 """
 
 import argparse
+import base64
 import json
 import logging
 import sys
@@ -31,7 +33,7 @@ from torch import Tensor, nn
 
 import sdbook.attention
 import sdbook.clip
-from sdbook import StableDiffusion, scenes
+from sdbook import StableDiffusion, evaluation, scenes
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, OUT = ROOT / "data" / "models" / "scenes", ROOT / "_build" / "onnx"
@@ -226,11 +228,32 @@ def world() -> dict:
     }
 
 
+def judge() -> dict:
+    """judge.json: what chapter 11's judge compares with, drawn once."""
+    side = evaluation.SIDE
+    grounds = {
+        name: scenes.draw_background(name, side)[:, 0].tolist()
+        for name in scenes.BACKGROUNDS
+    }
+    names, _, _, offsets = evaluation.templates()
+    things, sprites = [], b""
+    for (shape, colour, size), offset in zip(names, offsets.tolist(), strict=True):
+        pixels = scenes.SIZES[size]
+        sprites += scenes.draw_thing(shape, colour, pixels).tobytes()
+        middle = [round(pixels / 2 - away) for away in offset]
+        things.append({"shape": shape, "colour": colour, "size": size, "side": pixels,
+                       "middle": middle})  # fmt: skip
+    return {
+        "side": side, "grounds": grounds, "things": things,
+        "sprites": base64.b64encode(sprites).decode(),
+    }  # fmt: skip
+
+
 # Commands ---------------------------------------------------------------------------
 
 
 def export(model: str | Path, out: str | Path) -> dict:
-    """Write the three files and model.json into a folder; returns what model.json says.
+    """Write all files into a folder; returns what model.json says.
 
     Weights are rounded to float16 first, as those that ship are.
     """
@@ -245,8 +268,9 @@ def export(model: str | Path, out: str | Path) -> dict:
         for name, part in parts.items():
             (out / f"{name}.onnx").write_bytes(to_onnx(*part))
     facts = describe(pipe, heard)
-    text = json.dumps(facts, ensure_ascii=False, separators=(",", ":"))
-    (out / "model.json").write_text(text, encoding="utf-8")
+    for name, values in (("judge", judge()), ("model", facts)):
+        text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+        (out / f"{name}.json").write_text(text, encoding="utf-8")
     return facts
 
 

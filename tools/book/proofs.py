@@ -73,13 +73,37 @@ def printed(cell: dict) -> list[str]:
     return "".join("".join(output["text"]) for output in streams).splitlines()
 
 
-def library_of(*sources: str) -> str:
-    """The first library that the first source that names one imports."""
-    for source in sources:
-        for name, said in LIBRARIES.items():
-            if re.search(rf"^\s*(?:from|import) {name}\b", source, re.MULTILINE):
-                return said
-    return ""
+def known_by(code: str, known: dict[str, str]) -> dict[str, str]:
+    """{name: library} of what a cell imports, or makes of what is `known` already."""
+    try:
+        statements = ast.parse(code).body
+    except SyntaxError:  # a magic of IPython
+        return known
+    for node in statements:
+        leaves = list(ast.walk(node))
+        for leaf in leaves:
+            if isinstance(leaf, ast.Import | ast.ImportFrom):
+                for one in leaf.names:
+                    module = getattr(leaf, "module", None) or one.name
+                    if library := LIBRARIES.get(module.split(".")[0]):
+                        known = known | {(one.asname or one.name): library}
+        used = [x.id for x in leaves if isinstance(x, ast.Name) and x.id in known]
+        made = [getattr(x, "id", getattr(x, "name", None)) for x in leaves if makes(x)]
+        if used and known[used[0]] != "Pillow":  # pictures are everywhere
+            known = known | dict.fromkeys(made, known[used[0]])
+    return known
+
+
+def makes(leaf: ast.AST) -> bool:
+    """Does a node give something a name?"""
+    stored = isinstance(leaf, ast.Name) and isinstance(leaf.ctx, ast.Store)
+    return stored or isinstance(leaf, ast.FunctionDef)
+
+
+def library_of(code: str, known: dict[str, str]) -> str:
+    """The library that a cell asks: the one of the first name in it that has one."""
+    found = [x for x in re.findall(r"\b[A-Za-z_]\w*", code) if x in known]
+    return known[found[0]] if found else ""
 
 
 @cache
@@ -101,16 +125,19 @@ def is_part(name: str, code: str) -> bool:
     return word in exported() and bool(own)
 
 
-def read_proof(line: str, path: Path, code: str, *sources: str) -> Proof | None:
+def read_proof(line: str, path: Path, code: str, library: str) -> Proof | None:
     """The row that a printed line is, or None; `code` is the chapter's.
 
-    The `sources` are asked in turn which library they import.
+    The reference is the library that the line names, or else `library`.
     """
     found = PROVED.fullmatch(line.strip())
     if not found:
         return None
     head = SAYS_WHAT.sub("", found["head"].rstrip(" :,")).rstrip(" :,")
     name, *detail = re.split(r"[:,] |  +", head, maxsplit=1)
+    first, _, more = name.partition(" ")
+    if is_part(first, code) and more and not more.startswith("and "):
+        name, detail = first, [", ".join([more, *detail])]
     if not name or not ("differ" in found["head"] or is_part(name, code)):
         return None
     named = next((said for said in LIBRARIES.values() if said in line), "")
@@ -118,25 +145,24 @@ def read_proof(line: str, path: Path, code: str, *sources: str) -> Proof | None:
         chapter=number_of(path), docname=f"chapters/{path.stem}", name=name,
         detail="".join(detail).strip(), gap=found["gap"], bound=found["bound"],
         unit=found["unit"] or "", relative="relative" in found["head"],
-        reference=named or library_of(*sources),
+        reference=named or library,
     )  # fmt: skip
 
 
 def proofs_of(path: Path) -> list[Proof]:
     """The rows of one chapter, in its order; a line that stands twice counts once."""
-    rows, proof, section = {}, [], ""
+    rows, section, known = {}, "", {}
     cells = cells_of(path)
     code = "\n".join(c["source"] for c in cells if c["cell_type"] == "code")
     for cell in cells:
         if cell["cell_type"] == "markdown":
             headings = re.findall(r"^## (.+)", cell["source"], re.MULTILINE)
             section = headings[-1] if headings else section
-        elif section == "Proof":
-            proof.append(cell)
-    every = "\n".join(cell["source"] for cell in proof)
-    for cell in proof:
-        for line in printed(cell):
-            if row := read_proof(line, path, code, cell["source"], every):
+            continue
+        known = known_by(cell["source"], known)
+        for line in printed(cell) if section == "Proof" else ():
+            row = read_proof(line, path, code, library_of(cell["source"], known))
+            if row:
                 rows.setdefault((row.name, row.detail), row)
     return list(rows.values())
 
@@ -153,15 +179,14 @@ def share_of_bound(row: Proof) -> float:
 
 def summary(rows: list[Proof]) -> str:
     """The rows in one sentence, in Markdown."""
-    chapters = len({row.chapter for row in rows})
+    parts, chapters = {(x.chapter, x.name) for x in rows}, {x.chapter for x in rows}
     relative = [float(row.gap) for row in rows if row.relative]
-    most = max(share_of_bound(row) for row in rows)
-    several = "s" * (chapters > 1)
-    used = max(1, round(100 * most))
+    used = max(1, round(100 * max(map(share_of_bound, rows))))
+    several = "s" * (len(chapters) > 1)
     return (
-        f"{len(rows)} parts of {chapters} chapter{several}, largest relative "
-        f"difference {max(relative):.0e}; none uses more than {used} % of what is "
-        "allowed"
+        f"{len(parts)} parts of {len(chapters)} chapter{several} in {len(rows)} "
+        f"comparisons, largest relative difference {max(relative):.0e}; none uses more "
+        f"than {used} % of what is allowed"
     )
 
 

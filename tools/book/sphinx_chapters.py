@@ -104,7 +104,7 @@ def table(rows, with_chapter, base):
     }
     known = any(row.name in numbers for row in rows)
     heads = ["chapter"] * with_chapter + ["part", "beside", "largest difference"]
-    heads += ["allowed"] + ["`sdbook check`"] * known
+    heads += ["allowed"] + ["number"] * known
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         name = f"`{row.name}`" if row.name in numbers else row.name
@@ -132,15 +132,18 @@ def parts(path, docname):
     if rows:
         text += f":::{{div}} told\n{table(rows, False, docname)}\n:::\n\n"
     if names:
-        several = f"`sdbook check {number} my.py` compares"
-        if len(names) > 1:
+        if len(names) > 6:
+            said = f"own parts {number}.1 to {number}.{len(names)}"
+            said += f" (`sdbook check {number}` lists them)"
+        elif len(names) > 1:
             said = ", ".join(f"`{name}`" for name in names[:-1])
-            said = f"{said} and `{names[-1]}` ({number}.1 to {number}.{len(names)})"
+            last = f"{number}.{len(names)}"
+            said = f"{said} and `{names[-1]}` (parts {number}.1 to {last})"
         else:
-            said = f"`{names[0]}` ({number}.1)"
+            said = f"`{names[0]}` (part {number}.1)"
         text += (
-            f"Written them anew? {several} your {said} with the book's, the same "
-            "weights inside, and says what is wrong.\n\n"
+            f"Written them anew? `sdbook check {number} my.py` compares your {said} "
+            "with the book's, the same weights inside, and says what is wrong.\n\n"
         )
     return f"## Parts\n\n{text}" if text else ""
 
@@ -194,10 +197,10 @@ class ReadingTimes(FromMarkdown):
             lines = [lines[0] + " in a hurry |", lines[1] + "---|"]
         for row in rows:
             name = f"[{row.number} · {row.title}]({link(row.docname, base)})"
-            runs = row.runs.removeprefix("about ")
+            runs = row.runs.removeprefix("about ").replace(" ", "\u00a0")
             hurry = re.sub(r"\]\(#[^)]*\)", "]", row.hurry).replace("|", "\\|")
             hurry = re.sub(r"\[([^\]]*)\](?!\()", r"\1", hurry)
-            line = f"| {name} | {row.minutes} min | {runs} |"
+            line = f"| {name} | {row.minutes}\u00a0min | {runs} |"
             lines.append(line + f" {hurry} |" * known)
         hours = sum(row.minutes for row in rows) / 60
         return "\n".join(lines) + (

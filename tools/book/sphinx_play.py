@@ -45,9 +45,10 @@ log = logging.getLogger(__name__)
 
 @functools.cache
 def fingerprint() -> str:
-    """A short name for what would be exported: the model's files and the tool."""
+    """A short name for what would be exported: the model's files and the tools."""
     digest = hashlib.sha256()
-    for path in [TOOL, RUNTIME, *sorted(MODEL.rglob("*"))]:
+    world = [ROOT / "sdbook" / name for name in ("scenes.py", "evaluation.py")]
+    for path in [TOOL, RUNTIME, *world, *sorted(MODEL.rglob("*"))]:
         if path.is_file() and path.suffix != ".md":
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -73,7 +74,7 @@ def exported() -> Path | None:
 def pack(folder: Path) -> None:
     """Write what a browser loads: each file as gzip, and as a script."""
     out = folder / "pack"
-    names = ["model.json", "text.onnx", "unet.onnx", "vae.onnx"]
+    names = ["model.json", "judge.json", "text.onnx", "unet.onnx", "vae.onnx"]
     files = {name: folder / name for name in names} | {"ort.wasm": RUNTIME}
     if all((out / f"{name}.js").exists() for name in files):
         return
