@@ -199,12 +199,12 @@ def examine(file: Path, numbers: list[str], seconds: float) -> list[dict]:
 
 def say_missing(file: Path, numbers: list[str], defined: list[str]) -> str:
     """That a file has none of the parts; and what it has instead."""
-    parts = numbered()
-    names = [parts[number][1] for number in numbers]
-    wanted = names[0] if len(names) == 1 else "none of the parts that were asked for"
-    text = f"{file} defines no {wanted}" if len(names) == 1 else f"{file} has {wanted}"
-    near = get_close_matches(names[0], defined, 1, 0.5) if len(names) == 1 else ()
-    if near:
+    has = f"it defines {', '.join(defined[:8]) or 'nothing'}"
+    if len(numbers) > 1:
+        return f"{file} has none of the parts that were asked for; {has}"
+    (number,) = numbers
+    name = numbered()[number][1]
+    text = f"{file} defines no {name}, which is part {number}"
+    if near := get_close_matches(name, defined, 1, 0.5):
         return f"{text}; is it your {near[0]}? Give it the book's name"
-    has = ", ".join(defined[:8]) or "nothing"
-    return f"{text}; it defines {has}"
+    return f"{text}; {has}. (An exercise has its own check, below it on its page)"

@@ -248,16 +248,23 @@ def strip(config, here, links):
         below += anchor(links.get(part), drawn, PARTS[part])
         x += size + 10
     parts["unet"] = small_u(config, here)
-    boxes = "".join(anchor(links.get(k), v, PARTS[k]) for k, v in parts.items())
+    boxes = "".join(anchor(links.get(k), v, link_name(k)) for k, v in parts.items())
     inside = frame + arrows + boxes + below
     label = f"You are here: {PARTS[here]}"
     role = "group" if links else "img"
     return svg(444, 114, inside, label, 460, "here", role)
 
 
+def link_name(part):
+    """What a link is called: what is written on it, and what that is."""
+    written = {"clip": "words to vectors, ", "vae": "latents to pixels, "}
+    written["schedulers"] = "scheduler n steps, "
+    return written.get(part, "") + PARTS[part].split(",")[0]
+
+
 def lit(on, x, y, width, *lines):
     """A box of two short lines, in colour if it is the place."""
-    text = "".join(
+    text = " ".join(
         f'<text x="{x + width / 2:g}" y="{y + 15 + 13 * i}" text-anchor="middle" '
         f'font-size="11"{weight(on)}>{line}</text>'
         for i, line in enumerate(lines)

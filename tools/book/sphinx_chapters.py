@@ -133,13 +133,14 @@ def parts(path, docname):
         text += f":::{{div}} told\n{table(rows, False, docname)}\n:::\n\n"
     if names:
         if len(names) > 6:
-            said = f"own {number}.1 to {number}.{len(names)}"
+            said = f"own parts {number}.1 to {number}.{len(names)}"
             said += f" (`sdbook check {number}` lists them)"
         elif len(names) > 1:
             said = ", ".join(f"`{name}`" for name in names[:-1])
-            said = f"{said} and `{names[-1]}` ({number}.1 to {number}.{len(names)})"
+            last = f"{number}.{len(names)}"
+            said = f"{said} and `{names[-1]}` (parts {number}.1 to {last})"
         else:
-            said = f"`{names[0]}` ({number}.1)"
+            said = f"`{names[0]}` (part {number}.1)"
         text += (
             f"Written them anew? `sdbook check {number} my.py` compares your {said} "
             "with the book's, the same weights inside, and says what is wrong.\n\n"
