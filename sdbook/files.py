@@ -1,6 +1,6 @@
 """Files of models: JSON and tensors, in a folder, in shards, on the hub.
 
-Generated from chapters/B_file_formats.ipynb; do not edit.
+Written by hand. Appendix B says what such files are, and what must not go wrong.
 """
 
 import errno

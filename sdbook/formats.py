@@ -90,7 +90,6 @@ OLD_VAE_RULES = (
     (".attentions.0.to_out.0.", ".attentions.0.proj_attn."),
 )
 
-
 OPENCLIP_RULES = (
     ("text_model.embeddings.token_embedding.", "token_embedding."),
     ("text_model.embeddings.position_embedding.weight", "positional_embedding"),

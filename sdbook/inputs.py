@@ -17,11 +17,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from .clip import check_text
 from .counts import counted
 from .images import to_rgb
 from .kinds import KIND_NAMES, cleaned
 from .schedulers import DDIMScheduler, Scheduler
+from .vocabulary import check_text
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MOST = 2**16  # pixels of a side, pictures of a prompt: beyond is a slip, or a trap

@@ -5,10 +5,14 @@ Written by hand. Chapters 7 and 10 teach what the options do.
 
 import math
 from pathlib import Path
+from typing import SupportsFloat
+
+import torch
+from torch import Tensor
 
 from .files import read_json
 
-__all__ = ["FIXED", "IGNORED", "check_options", "read_options"]
+__all__ = ["FIXED", "IGNORED", "check_batch", "check_options", "read_options"]
 
 _sigmas = dict(use_exponential_sigmas=(False, None), use_beta_sigmas=(False, None))
 _solver = _sigmas | dict(
@@ -80,3 +84,19 @@ def read_options(path: Path) -> tuple[str, dict]:
     values = read_json(path)
     options = {key: v for key, v in values.items() if not key.startswith("_")}
     return str(values.get("_class_name")), options
+
+
+def check_batch(t: SupportsFloat, x: Tensor, noise: Tensor | None = None) -> Tensor:
+    """t as a tensor: one number, or one for each item of x; noise for all of x."""
+    t = torch.as_tensor(t)
+    if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(x))):
+        raise ValueError(
+            f"timesteps of shape {tuple(t.shape)} for a batch of {len(x)}; "
+            "pass one, or one per item of the batch"
+        )
+    if noise is not None and noise.shape != x.shape:
+        raise ValueError(
+            f"x0 has shape {tuple(x.shape)} but noise {tuple(noise.shape)}; "
+            "every value of x0 needs noise of its own"
+        )
+    return t

@@ -16,17 +16,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .files import write_json
-from .scheduler_options import FIXED, IGNORED, check_options, read_options
+from .scheduler_options import FIXED, IGNORED, check_batch, check_options, read_options
 from .weights import about
 
 __all__ = [
     "Floats", "Level", "Sample", "Timestep", "Timesteps", "Generators",
     "BETA_SCHEDULES", "cosine_alpha_bar", "make_betas", "rescale_zero_terminal_snr",
     "posterior_mean", "posterior_variance", "split_output", "spaced_timesteps",
-    "ddim_step", "Scheduler", "check_batch", "noise_like", "DDPMScheduler",
-    "DDIMScheduler", "SCHEDULERS", "scheduler_class", "make_scheduler",
-    "change_scheduler", "karras_sigmas", "euler_step", "heun_step", "lagrange_weights",
-    "Levels", "Samples", "lms_step", "transfer", "plms_noise", "runge_kutta_noise",
+    "ddim_step", "Scheduler", "noise_like", "DDPMScheduler", "DDIMScheduler",
+    "SCHEDULERS", "scheduler_class", "make_scheduler", "change_scheduler",
+    "karras_sigmas", "euler_step", "heun_step", "lagrange_weights", "Levels",
+    "Samples", "lms_step", "transfer", "plms_noise", "runge_kutta_noise",
     "unit_shares", "log_snr", "dpmpp_2m_step", "unic_step", "euler_ancestral_step",
     "SigmaScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
     "LMSDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler",
@@ -183,16 +183,6 @@ class Scheduler:
         alpha_bar = alpha_bar.reshape(t.shape + (1,) * (x.ndim - t.ndim))
         return alpha_bar.sqrt().to(x.dtype), (1 - alpha_bar).sqrt().to(x.dtype)
 
-    def add_noise(self, x0: Floats, noise: Floats, t: Timesteps) -> Floats:
-        """x_t = √ᾱ_t x0 + √(1-ᾱ_t) noise: all t steps at once (Ho et al., eq. 4)."""
-        signal, spread = self.levels(t, x0, noise)
-        return signal * x0 + spread * noise
-
-    def velocity(self, x0: Floats, noise: Floats, t: Timesteps) -> Floats:
-        """v = √ᾱ_t noise - √(1-ᾱ_t) x0, the target of Salimans and Ho (2022)."""
-        signal, spread = self.levels(t, x0, noise)
-        return signal * noise - spread * x0
-
     def target(self, x0: Floats, noise: Floats, t: Timesteps) -> Floats:
         """What a network of this prediction type has to answer at (x_t, t)."""
         kind = self.config.prediction_type
@@ -204,6 +194,16 @@ class Scheduler:
         """Signal-to-noise ratio ᾱ_t / (1-ᾱ_t), on the CPU."""
         alpha_bar = self.alphas_cumprod[t if isinstance(t, int) else t.cpu()]
         return alpha_bar / (1 - alpha_bar)
+
+    def add_noise(self, x0: Floats, noise: Floats, t: Timesteps) -> Floats:
+        """x_t = √ᾱ_t x0 + √(1-ᾱ_t) noise: all t steps at once (Ho et al., eq. 4)."""
+        signal, spread = self.levels(t, x0, noise)
+        return signal * x0 + spread * noise
+
+    def velocity(self, x0: Floats, noise: Floats, t: Timesteps) -> Floats:
+        """v = √ᾱ_t noise - √(1-ᾱ_t) x0, the target of Salimans and Ho (2022)."""
+        signal, spread = self.levels(t, x0, noise)
+        return signal * noise - spread * x0
 
     def split(self, output: Sample, t: Timestep, x: Sample) -> tuple[Sample, Sample]:
         """(x0, noise) that the model's output at x_t amounts to, before clipping."""
@@ -310,22 +310,6 @@ class Scheduler:
                 "or call set_timesteps(n) to begin again"
             )
         return i
-
-
-def check_batch(t: Timestep, x: Tensor, noise: Tensor | None = None) -> Tensor:
-    """t as a tensor: one number, or one for each item of x; noise for all of x."""
-    t = torch.as_tensor(t)
-    if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(x))):
-        raise ValueError(
-            f"timesteps of shape {tuple(t.shape)} for a batch of {len(x)}; "
-            "pass one, or one per item of the batch"
-        )
-    if noise is not None and noise.shape != x.shape:
-        raise ValueError(
-            f"x0 has shape {tuple(x.shape)} but noise {tuple(noise.shape)}; "
-            "every value of x0 needs noise of its own"
-        )
-    return t
 
 
 def noise_like(x: Sample, generator: Generators = None) -> Sample:

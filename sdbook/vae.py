@@ -3,7 +3,6 @@
 Generated from chapters/05_vae.ipynb; do not edit.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,12 +16,12 @@ from torch.nn import functional as F
 from .attention import Attention
 from .formats import own_weights
 from .resblocks import Downsample, ResBlock, Upsample
+from .tiles import in_tiles
 from .weights import Config, Pretrained
 
 __all__ = [
     "stack", "Level", "ImageAttention", "MidBlock", "DiagonalGaussian", "VAEConfig",
-    "Encoder", "Decoder", "check_size", "AutoencoderKL", "tile_starts", "fading",
-    "in_tiles",
+    "Encoder", "Decoder", "check_size", "AutoencoderKL",
 ]
 
 
@@ -305,50 +304,3 @@ class AutoencoderKL(Pretrained, nn.Module):
     ) -> dict[str, Tensor]:
         """Also read the original's names, and diffusers' of its first days."""
         return own_weights(self, state, ema)
-
-
-def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin that cover `length` and share at least `overlap`."""
-    if length <= tile:
-        return [0]
-    count = math.ceil((length - overlap) / (tile - overlap))
-    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
-
-
-def fading(length: int, overlap: int) -> Float[Tensor, "length"]:
-    """Weights that rise over the first `overlap` places, and fall over the last."""
-    rising = torch.arange(1, length + 1).clamp(max=overlap) / overlap
-    return torch.minimum(rising, rising.flip(0))
-
-
-def in_tiles(
-    function: Callable[[Tensor], Tensor],
-    x: Float[Tensor, "b c h w"],
-    tile: int,
-    cell: int = 1,
-) -> Float[Tensor, "b c2 h2 w2"]:
-    """`function` of overlapping square tiles of x, blended by weighted means.
-
-    `tile` is their side in cells, of which a quarter or more overlaps; a cell is
-    `cell` × `cell` places of x: the VAE's factor to encode, 1 to decode. `function`
-    may change the size, as these two do.
-    """
-    height, width = (side // cell for side in x.shape[-2:])
-    overlap = max(1, tile // 4)
-    total = weights = None
-    for top in tile_starts(height, tile, overlap):
-        for left in tile_starts(width, tile, overlap):
-            rows = slice(top * cell, (top + tile) * cell)
-            columns = slice(left * cell, (left + tile) * cell)
-            part = function(x[..., rows, columns])
-            scale = part.shape[-1] // min(tile, width)
-            high, wide = (fading(side, overlap * scale) for side in part.shape[-2:])
-            weight = (high[:, None] * wide).to(part)
-            if total is None:
-                total = part.new_zeros(*part.shape[:2], height * scale, width * scale)
-                weights = total[0, 0].clone()
-            rows = slice(top * scale, top * scale + part.shape[-2])
-            columns = slice(left * scale, left * scale + part.shape[-1])
-            total[..., rows, columns] += weight * part
-            weights[rows, columns] += weight
-    return total / weights

@@ -10,8 +10,9 @@ from pathlib import Path
 from torch import Tensor
 
 from .adapters import file_for
-from .clip import Tokenizer, expand_words
+from .clip import Tokenizer
 from .files import WeightsError, as_path, list_folder, read_weights, save_weights
+from .vocabulary import expand_words
 from .weights import WIDTHS
 
 WORD_FILE = "learned_embeds.safetensors"

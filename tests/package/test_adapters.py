@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sdbook.adapters import LORA_FILE, check_number, globs_of, layer_names
-from sdbook.clip import expand_words
 from sdbook.files import WeightsError, read_weights
 from sdbook.finetuning import (
     LoRA,
@@ -24,6 +23,7 @@ from sdbook.finetuning import (
     save_lora,
     save_word,
 )
+from sdbook.vocabulary import expand_words
 
 BLOCK = "mid_block.attentions.0.transformer_blocks.0.attn2"
 TEXT = "encoder.layers.1.self_attn"

@@ -13,17 +13,10 @@ from pathlib import Path
 import pytest
 import transformers
 
-from sdbook.clip import (
-    END,
-    START,
-    CLIPTextConfig,
-    Tokenizer,
-    byte_symbols,
-    merges_of,
-    write_vocabulary,
-)
+from sdbook.clip import CLIPTextConfig, Tokenizer
 from sdbook.files import write_json
 from sdbook.pipeline import check_tokenizer
+from sdbook.vocabulary import END, START, byte_symbols, merges_of, write_vocabulary
 
 OPEN_CLIP = Path(importlib.util.find_spec("open_clip").origin).parent
 SPECIAL = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}

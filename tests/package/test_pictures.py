@@ -12,7 +12,8 @@ from PIL import Image
 from sdbook.inputs import as_pixels, picture_size
 from sdbook.pipeline import StableDiffusion
 from sdbook.schedulers import SCHEDULERS, PNDMScheduler, make_scheduler
-from sdbook.vae import AutoencoderKL, in_tiles, tile_starts
+from sdbook.tiles import in_tiles, tile_starts
+from sdbook.vae import AutoencoderKL
 
 PROMPTS = ["a red star", "two green fish"]
 

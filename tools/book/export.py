@@ -35,10 +35,10 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "sdbook"
 WRITTEN_BY_HAND = ["__init__.py", "__main__.py", "notebook.py", "data.py", "run/*.py"]
-WRITTEN_BY_HAND += ["adapters.py", "counts.py", "features.py", "folders.py"]
+WRITTEN_BY_HAND += ["adapters.py", "counts.py", "features.py", "files.py", "folders.py"]
 WRITTEN_BY_HAND += ["inputs.py", "kinds.py"]
 WRITTEN_BY_HAND += ["reports.py", "scheduler_files.py", "scheduler_options.py"]
-WRITTEN_BY_HAND += ["twins.py", "words.py"]
+WRITTEN_BY_HAND += ["tiles.py", "twins.py", "vocabulary.py", "words.py"]
 WRITTEN_BY_HAND += ["training/__init__.py", "training/cache.py"]
 WRITTEN_BY_HAND += ["training/validation.py"]
 GENERATED = "\nGenerated from "

@@ -64,6 +64,14 @@ class Records:
             for kind, row in scores.items()
         }
 
+    def tried(self, weight: str, number: str, digits: int) -> str:
+        """Of chapter 5's experiment: a number of one autoencoder, as "walk longer"."""
+        rows = self.read("kl/kl.json")["rows"]
+        value = next(row for row in rows if row["variant"] == weight)
+        for name in number.split():
+            value = sum(value) / len(value) if name == "mean" else value[name]
+        return f"{value:.{digits}f}"
+
     def hours(self, row: int = -1) -> float:
         """How long the shipped model has trained, or one before it."""
         return self.read("tradeoffs/training.json")["rows"][row]["minutes"] / 60
