@@ -115,7 +115,9 @@ class Engine {
       const watch = setTimeout(late, SECONDS[name] * 1000);
       const end = (then) => (value) => (clearTimeout(watch), then(value));
       this.waiting.set(id, {done: end(done), fail: end(fail), onEvent});
-      this.worker.postMessage({id, call: name, args});
+      // Files are handed over, not copied.
+      const own = Object.values(args.files ?? {}).map((bytes) => bytes.buffer);
+      this.worker.postMessage({id, call: name, args}, own);
     });
   }
 

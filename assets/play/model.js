@@ -1,6 +1,7 @@
 // The model: three ONNX files, and the loop of chapter 9 around them.
 //
-// `ort` is ONNX Runtime, `facts` is model.json, `files` the bytes of the three networks.
+// `ort` is ONNX Runtime, `facts` is model.json; `bytesOf` gives a network's file, and is
+// asked for one after the other, so that no two are in memory.
 // It runs wherever ONNX Runtime does: in a page's worker, and in Node for the tests.
 
 import {randn} from "./random.js";
@@ -24,11 +25,13 @@ export function toBytes(pixels) {
 }
 
 export class Model {
-  static async open(ort, facts, files) {
+  static async open(ort, facts, bytesOf) {
     const model = new Model();
     Object.assign(model, {ort, facts, tokenizer: new Tokenizer(facts.tokenizer)});
     for (const name of ["text", "unet", "vae"]) {
-      model[name] = await ort.InferenceSession.create(files[name]);
+      // Without the arena, which takes memory in large steps, it is as fast.
+      const options = {enableCpuMemArena: false};
+      model[name] = await ort.InferenceSession.create(await bytesOf(name), options);
     }
     return model;
   }

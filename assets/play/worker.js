@@ -36,11 +36,9 @@ const calls = {
       JSON.parse(new TextDecoder().decode(await unpack(files[name])));
     const {Judge} = await import(address("judge.js"));
     judge = new Judge(await read("judge.json"));
-    const networks = {};
-    for (const name of ["text", "unet", "vae"]) {
-      networks[name] = await unpack(files[`${name}.onnx`]);
-    }
-    model = await Model.open(ort, await read("model.json"), networks);
+    const network = (name) => unpack(files[`${name}.onnx`]);
+    model = await Model.open(ort, await read("model.json"), network);
+    ort.env.wasm.wasmBinary = undefined; // it is compiled by now
     await model.decode(await model.denoise({prompt: "", steps: 1})); // the slow first time
   },
 

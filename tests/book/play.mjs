@@ -44,8 +44,7 @@ if (draw.length) {
   const runtime = readFileSync(new URL(`${code}/vendor/ort-wasm-simd-threaded.wasm`));
   ort.env.wasm.wasmBinary = runtime;
   const {Model} = await load("model.js");
-  const files = {text: bytes("text"), unet: bytes("unet"), vae: bytes("vae")};
-  const model = await Model.open(ort, facts, files);
+  const model = await Model.open(ort, facts, bytes);
   answer.drawn = [];
   for (const {scheduler, ...request} of draw) {
     Object.assign(model.facts.scheduler, scheduler);

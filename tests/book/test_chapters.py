@@ -63,3 +63,45 @@ def test_exercises_can_be_checked_and_have_solutions(path):
     solutions = text.count("{solution-start}") + text.count("{solution} ")
     assert solutions >= exercises - 1  # an open one may go without
     assert code.count("\ndef check_") + code.startswith("def check_") >= 2
+
+
+FOLLOW = re.compile(r'<div class="follow">(.*?)</div>', re.DOTALL)
+CHOICE = re.compile(
+    r"<summary>(.+?)</summary>\s*<p>((?:Right:|No[:,]) .+?)</p>", re.DOTALL
+)
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_asks_whether_one_follows(path):
+    """Three questions with three choices, of which one is right."""
+    questions = FOLLOW.findall("\n\n".join(sources(path, "markdown")))
+    assert len(questions) >= 3
+    for question in questions:
+        assert question.strip().startswith("<p><b>Do you follow?</b> "), question
+        assert "\n\n" not in question, "Markdown ends the block at an empty line"
+        answers = [answer for _, answer in CHOICE.findall(question)]
+        assert len(answers) == question.count("<details>") == 3, question
+        assert sum(answer.startswith("Right: ") for answer in answers) == 1, question
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_is_told_in_one_minute(path):
+    card = sources(path, "markdown")[0]
+    told = re.search(r"^\*\*In one minute\.\*\* (.+?)(?:\n\n|\Z)", card, re.S | re.M)
+    assert 45 <= len(told[1].split()) <= 100
+    assert card.index(":::\n") < told.start() < card.index("\n**In a hurry?** ")
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_checks_are_folded_and_answer_in_a_sentence(path):
+    cells = nbformat.read(path, 4).cells
+    heads = [i for i, cell in enumerate(cells) if "## Exercises" in cell.source]
+    checks = [
+        cell for cell in cells[heads[0] :]
+        if cell.cell_type == "code" and re.search(r"^def check_", cell.source, re.M)
+    ]  # fmt: skip
+    for cell in checks:
+        assert "hide-input" in cell.metadata.get("tags", ()), cell.id
+        for output in cell.outputs:
+            said = output.get("text", "")  # and no value, in quotes
+            assert re.search(r"^[A-Z].*\.$", said.strip(), re.S), f"{cell.id}: {said!r}"
