@@ -8,7 +8,8 @@
 - Exercises and figures are numbered by chapter: Exercise 5.2.
 
 sphinx_api.py writes the reference of the package, sphinx_pages.py what a page has
-around its text, sphinx_map.py the map on the front page.
+around its text, sphinx_map.py the map on the front page, and sphinx_chapters.py what
+every chapter gets: where it is, how long it is, and what it proved.
 """
 
 import ast
