@@ -32,7 +32,7 @@ from .weights import Config, Pretrained
 
 __all__ = [
     "Tokenizer", "fit_to_length", "CLIPTextConfig", "CLIPEmbeddings", "causal_mask",
-    "CLIPAttention", "quick_gelu", "CLIPMLP", "CLIPLayer", "CLIPEncoder",
+    "CLIPAttention", "quick_gelu", "CLIPMLP", "CLIPEncoder", "CLIPLayer",
     "CLIPTextModel", "ImageTower", "contrastive_loss", "CLIP",
 ]
 
@@ -229,24 +229,6 @@ class CLIPMLP(nn.Module):
         return self.fc2(self.activation(self.fc1(x)))
 
 
-class CLIPLayer(nn.Module):
-    """Attention, then the MLP, each on a normalised input and added to it."""
-
-    def __init__(self, config: CLIPTextConfig):
-        super().__init__()
-        width, eps = config.hidden_size, config.layer_norm_eps
-        self.layer_norm1 = nn.LayerNorm(width, eps=eps)
-        self.self_attn = CLIPAttention(width, config.num_attention_heads)
-        self.layer_norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = CLIPMLP(width, config.intermediate_size, config.hidden_act)
-
-    def forward(
-        self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "n n"] | None = None
-    ) -> Float[Tensor, "b n d"]:
-        x = x + self.self_attn(self.layer_norm1(x), mask)
-        return x + self.mlp(self.layer_norm2(x))
-
-
 class CLIPEncoder(nn.Module):
     """The layers, one after the other."""
 
@@ -263,6 +245,24 @@ class CLIPEncoder(nn.Module):
         for layer in self.layers[: len(self.layers) - skip]:
             x = layer(x, mask)
         return x
+
+
+class CLIPLayer(nn.Module):
+    """Attention, then the MLP, each on a normalised input and added to it."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.layer_norm1 = nn.LayerNorm(width, eps=eps)
+        self.self_attn = CLIPAttention(width, config.num_attention_heads)
+        self.layer_norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = CLIPMLP(width, config.intermediate_size, config.hidden_act)
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "n n"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        x = x + self.self_attn(self.layer_norm1(x), mask)
+        return x + self.mlp(self.layer_norm2(x))
 
 
 class CLIPTextModel(Pretrained, nn.Module):

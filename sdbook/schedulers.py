@@ -217,18 +217,6 @@ class Scheduler:
             )
         return split_output(kind, output, x, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
-    def clip(self, x0: Sample) -> Sample:
-        """x0 limited to ±clip_sample_range where the options ask for it."""
-        if not getattr(self.config, "clip_sample", False):
-            return x0
-        return x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
-
-    def alpha_bars(self, t: int, previous: int) -> tuple[Level, Level]:
-        """ᾱ at t, and where a step leads: at `previous` or, below 0, at the end."""
-        ended = previous < 0
-        before = self.final_alpha_bar if ended else self.alphas_cumprod[previous]
-        return self.alphas_cumprod[t], before
-
     def set_timesteps(self, num_inference_steps: int) -> None:
         """Begin a run of so many steps: `timesteps`, noisiest first, on the CPU."""
         total, n, config = self.num_train_timesteps, num_inference_steps, self.config
@@ -262,6 +250,18 @@ class Scheduler:
                 "set_timesteps chose; step through scheduler.timesteps"
             )
         return places[0] if places[0] == 0 else places[:2][-1]
+
+    def clip(self, x0: Sample) -> Sample:
+        """x0 limited to ±clip_sample_range where the options ask for it."""
+        if not getattr(self.config, "clip_sample", False):
+            return x0
+        return x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+
+    def alpha_bars(self, t: int, previous: int) -> tuple[Level, Level]:
+        """ᾱ at t, and where a step leads: at `previous` or, below 0, at the end."""
+        ended = previous < 0
+        before = self.final_alpha_bar if ended else self.alphas_cumprod[previous]
+        return self.alphas_cumprod[t], before
 
     @classmethod
     def from_options(cls, options: dict, foreign: bool = False):

@@ -21,7 +21,7 @@ from .weights import Config, Pretrained
 
 __all__ = [
     "stack", "Level", "ImageAttention", "MidBlock", "DiagonalGaussian", "VAEConfig",
-    "Encoder", "Decoder", "check_size", "AutoencoderKL",
+    "Encoder", "Decoder", "AutoencoderKL", "check_size",
 ]
 
 
@@ -219,16 +219,6 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-def check_size(x: Float[Tensor, "b c h w"], factor: int) -> None:
-    """Raise ValueError when height or width is not a multiple of `factor`."""
-    height, width = x.shape[-2:]
-    if height % factor or width % factor:
-        raise ValueError(
-            f"picture of {height}×{width} pixels, but this autoencoder needs "
-            f"multiples of {factor}; resize or crop it"
-        )
-
-
 class AutoencoderKL(Pretrained, nn.Module):
     """The variational autoencoder of Stable Diffusion (Rombach et al., 2022).
 
@@ -304,3 +294,13 @@ class AutoencoderKL(Pretrained, nn.Module):
     ) -> dict[str, Tensor]:
         """Also read the original's names, and diffusers' of its first days."""
         return own_weights(self, state, ema)
+
+
+def check_size(x: Float[Tensor, "b c h w"], factor: int) -> None:
+    """Raise ValueError when height or width is not a multiple of `factor`."""
+    height, width = x.shape[-2:]
+    if height % factor or width % factor:
+        raise ValueError(
+            f"picture of {height}×{width} pixels, but this autoencoder needs "
+            f"multiples of {factor}; resize or crop it"
+        )

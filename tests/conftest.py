@@ -1,12 +1,21 @@
 """For all tests: shapes are checked, numbers repeat, threads do not fight."""
 
+import ast
 import os
 import random
 
 import pytest
-from jaxtyping import install_import_hook
+from jaxtyping import _import_hook, install_import_hook
+
+
+def visit_outside_functions(visitor, node):
+    """A function in a function is made anew in every call: to wrap it costs more."""
+    if not isinstance(node, ast.FunctionDef):
+        ast.NodeVisitor.generic_visit(visitor, node)
+
 
 # From here on, every annotated function of the package checks its shapes when called.
+_import_hook.JaxtypingTransformer.generic_visit = visit_outside_functions
 install_import_hook("sdbook", "beartype.beartype")
 
 

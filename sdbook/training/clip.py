@@ -28,8 +28,8 @@ from .cache import caption_ids, warn_about_long
 from .loop import optimise
 
 __all__ = [
-    "start_apart", "new_text_encoder", "Tokenize", "say_clip_plan", "clip_loss",
-    "train_clip",
+    "start_apart", "new_text_encoder", "Tokenize", "say_clip_plan", "train_clip",
+    "clip_loss",
 ]
 
 
@@ -78,15 +78,6 @@ def say_clip_plan(config: CLIPTrainingConfig, dataset, clip: CLIP, twins: bool) 
     say_plan(config, dataset, empty, memory_needed(config, empty, ids, pixels))
 
 
-def clip_loss(module, batch, generator, rows):
-    """The contrastive loss of a batch, and the share of texts that choose right."""
-    pixels, ids = (tensor.to(generator.device) for tensor in batch)
-    same = (ids[:, None] == ids[None]).all(-1)
-    logits = module(ids, pixels)
-    right = same.gather(1, logits.argmax(1, keepdim=True)).float().mean()
-    return contrastive_loss(logits, same), {"accuracy": right}
-
-
 @owns_output_dir
 def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel | None:
     """Train text and picture towers to agree; save text model and tokenizer.
@@ -112,3 +103,12 @@ def train_clip(config: CLIPTrainingConfig) -> CLIPTextModel | None:
     if is_main_process():
         BookCLIP(clip, tokenizer).save_pretrained(config.output_dir)
     return clip.text_encoder
+
+
+def clip_loss(module, batch, generator, rows):
+    """The contrastive loss of a batch, and the share of texts that choose right."""
+    pixels, ids = (tensor.to(generator.device) for tensor in batch)
+    same = (ids[:, None] == ids[None]).all(-1)
+    logits = module(ids, pixels)
+    right = same.gather(1, logits.argmax(1, keepdim=True)).float().mean()
+    return contrastive_loss(logits, same), {"accuracy": right}

@@ -837,8 +837,8 @@ def test_checkpoints_of_an_older_version_s_vae_go_on(frozen, tmp_path):
 
 @pytest.mark.slow
 def test_twins_differ_in_one_point_that_both_captions_say():
-    twins, judge = Twins(Scenes(64, length=400)), Judge()
-    for i in range(0, 400, 2):
+    twins, judge = Twins(Scenes(64, length=120)), Judge()
+    for i in range(0, 120, 2):
         pixels, captions = zip(*twins[i], strict=True)
         one, two = (read_caption(caption) for caption in captions)
         assert one.background == two.background
