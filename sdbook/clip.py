@@ -20,13 +20,19 @@ from .attention import fused_attention
 from .files import saving_together
 from .formats import bare_text_names, own_weights, text_half
 from .resblocks import ResBlock
-from .vocabulary import (
+from .vocabulary import (  # noqa: F401 (some once stood here)
+    END,
+    START,
+    byte_symbols,
     check_text,
     expand_words,
+    learn_merges,
     learn_vocabulary,
+    merges_of,
     open_tokenizer,
     warn_about_cut_words,
     write_older_files,
+    write_vocabulary,
 )
 from .weights import Config, Pretrained
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from .attention import Attention
 from .formats import own_weights
 from .resblocks import Downsample, ResBlock, Upsample
-from .tiles import in_tiles
+from .tiles import fading, in_tiles, tile_starts  # noqa: F401
 from .weights import Config, Pretrained
 
 __all__ = [
