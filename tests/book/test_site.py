@@ -325,7 +325,7 @@ def test_running_a_chapter_again_changes_nothing(monkeypatch):
     """Nothing at all with the pinned versions; else nothing but how plots are drawn."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # as it was stored: with two
     execute = load_tool("execute")
-    path = ROOT / "chapters" / "02_resblocks.ipynb"
+    path = ROOT / "chapters" / "C_folders_and_shards.ipynb"
     stored, again = execute.read(path), execute.read(path)
     execute.run(again, path.parent, timeout=300)
     execute.normalise(again)

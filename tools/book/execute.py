@@ -133,6 +133,7 @@ def kernel_environment() -> dict[str, str]:
     cores = min(2, os.cpu_count() or 1)
     defaults = {
         "OMP_NUM_THREADS": str(cores),
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait leave the cores to others
         "PYTHONHASHSEED": "0",
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 import sdbook.attention
 import sdbook.clip
+import sdbook.vocabulary
 from sdbook import StableDiffusion, evaluation, scenes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,7 +196,7 @@ def describe(pipe: StableDiffusion, heard: list[int]) -> dict:
         "width": pipe.text_encoder.config.hidden_size,
         "tokenizer": {
             "vocab": backend["model"]["vocab"],
-            "merges": [list(pair) for pair in sdbook.clip.merges_of(
+            "merges": [list(pair) for pair in sdbook.vocabulary.merges_of(
                 pipe.tokenizer.backend.backend_tokenizer)],
             "special": {t["content"]: t["id"] for t in backend["added_tokens"]},
             "start": pipe.tokenizer.start_id,
