@@ -32,6 +32,7 @@ TOY = {
     " --norm_num_groups 4",
     "train-clip": "--batch_size 4 --max_steps 1 --hidden_size 32 --num_hidden_layers 1",
     "train-lora": "--batch_size 4 --max_steps 1",
+    "check": "",
 }
 RUN = """
 import contextlib, json, sys
@@ -196,6 +197,8 @@ def test_every_command_of_the_readme_needs_no_checkout(wheel, tmp_path):
     for number in range(8):
         Image.new("RGB", (64, 64), (30 * number, 0, 0)).save(pictures / f"{number}.png")
         (pictures / f"{number}.txt").write_text(f"a red star number {number}")
+    unet = (installed / "sdbook" / "unet.py").read_text(encoding="utf-8")
+    (empty / "my_unet.py").write_text(unet.replace("from .", "from sdbook."))
     commands = [
         ([*words, *shlex.split(TOY[words[0]])], file)
         for words, file in readme_commands()
