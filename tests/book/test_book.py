@@ -163,6 +163,7 @@ def facts(site, open_page):
     seen = {}
     for path in pages(site):
         page = open_page(path)
+        page.add_style_tag(content="* {transition: none !important}")
         if 'class="math' in (site / path).read_text(encoding="utf-8"):
             page.wait_for_selector("mjx-container", state="attached")
         seen[path] = page.evaluate(FACTS)
